@@ -221,20 +221,31 @@ def _make_venv(venv: Path) -> None:
         )
 
 
-def _install(python: Path, extras: Sequence[str], unpinned: bool, venv: Path) -> None:
-    requirement = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
+def install_command(python: Path, extras: Sequence[str], unpinned: bool) -> list[str]:
+    """Write pip's command line.
+
+    Args:
+        python: the environment's interpreter.
+        extras: names from ``[project.optional-dependencies]``.
+        unpinned: leave constraints.txt out.
+
+    Returns:
+        Program and arguments.
+    """
+    project = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     command = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    command += ["--progress-bar", "off", "--editable", requirement]
-    if not unpinned:
-        command += ["--constraint", str(ROOT / "constraints.txt")]
+    command += ["--progress-bar", "off", "--editable", project]
+    return command if unpinned else [*command, "--constraint", str(ROOT / "constraints.txt")]
+
+
+def _install(python: Path, extras: Sequence[str], unpinned: bool, venv: Path) -> None:
     names = ", ".join(extras) or "no extras"
     print(f"installing the project ({names}); the first time it fetches some 3 GB and takes a few minutes", flush=True)
-
     start = time.monotonic()
     tail: deque[str] = deque(maxlen=PIP_TAIL_LINES)
     with (venv / "install.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command,
+            install_command(python, extras, unpinned),
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
