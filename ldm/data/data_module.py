@@ -198,7 +198,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             )
         return EpochLoader(
             dataset,
-            sampler,
+            sampler=sampler,
             progress=TrainerProgress(trainer) if trainer is not None and split == "train" else None,
             batch_size=self.batch_size,
             num_workers=self.num_workers,

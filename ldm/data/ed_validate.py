@@ -13,7 +13,7 @@ class EDValidateBatch(EveryDreamBatch):
     Args:
         data_root: folder that holds subfolders of pictures.
         size: side of the square pictures in pixels, a multiple of 8; None keeps each picture's own.
-        set: ``"val"``, ``"validation"`` or ``"test"``; all mean the same here.
+        set: ``"val"``, ``"validation"``, ``"test"`` or ``"train"``; all mean the same here.
         repeats: accepted for the YAML files that give it, without effect: each picture counts once.
         interpolation: resampling filter: ``linear``, ``bilinear``, ``bicubic`` or ``lanczos``.
         center_crop: True is the older way to say ``resize_mode: center_crop``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -95,7 +96,7 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         except ValueError as error:
             problems.append(str(error))
         if problems:
-            raise ValueError("\n".join(problems))
+            raise ValueError("\n".join(f"{type(self).__name__}: {problem}" for problem in problems))
 
         self.data_root = data_root
         self.size = size
@@ -110,7 +111,7 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         if scan.problems:
             # The folder has to be put right anyway: name what else would stop the next attempt.
             broken = find_broken_pictures([picture.path for picture in scan.pictures])
-            lines = broken_picture_lines(broken) if on_bad_image == "error" else []
+            lines = broken_picture_lines(broken, len(scan.pictures)) if on_bad_image == "error" else []
             raise ValueError("\n".join(scan.problems + lines))
         self.pictures = scan.pictures
         self.folder_counts = scan.folder_counts
@@ -134,7 +135,9 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         """
         kept = [picture for picture in self.pictures if picture.path not in broken]
         if not kept:
-            raise ValueError(f"{self.data_root}: none of its {len(self.pictures)} pictures can be read")
+            raise ValueError(
+                f"{self.data_root}: none of its {len(self.pictures)} pictures can be read; put sound ones there"
+            )
         for picture in self.pictures:
             if picture.path in broken:
                 self.skipped[picture.path] = broken[picture.path]
@@ -180,7 +183,10 @@ def check_pictures(datasets: Iterable[tuple[str, EveryDreamBatch]]) -> None:
         ValueError: pictures cannot be read and not every set that holds them skips such; names all of them.
     """
     named = list(datasets)
-    broken = find_broken_pictures([picture.path for _, dataset in named for picture in dataset.pictures])
+    paths = dict.fromkeys(picture.path for _, dataset in named for picture in dataset.pictures)
+    started = time.monotonic()
+    broken = find_broken_pictures(list(paths))
+    logger.info("checked %d pictures in %.1f s", len(paths), time.monotonic() - started)
     if not broken:
         return
     fatal: dict[str, str] = {}
@@ -190,18 +196,19 @@ def check_pictures(datasets: Iterable[tuple[str, EveryDreamBatch]]) -> None:
             keys.append(key)
             fatal |= {picture.path: broken[picture.path] for picture in dataset.pictures if picture.path in broken}
     if fatal:
-        raise ValueError("\n".join(broken_picture_lines(fatal, keys)))
+        raise ValueError("\n".join(broken_picture_lines(fatal, len(paths), keys)))
     for path, reason in broken.items():
         logger.warning("skipped %s: %s", path, reason)
     for _, dataset in named:
         dataset.leave_out(broken)
 
 
-def broken_picture_lines(broken: Mapping[str, str], keys: Iterable[str] = ("on_bad_image",)) -> list[str]:
+def broken_picture_lines(broken: Mapping[str, str], checked: int, keys: Iterable[str] = ("on_bad_image",)) -> list[str]:
     """Word the error for pictures that cannot be read.
 
     Args:
         broken: reason by path.
+        checked: number of pictures that these are out of.
         keys: the key paths that would skip them.
 
     Returns:
@@ -209,10 +216,11 @@ def broken_picture_lines(broken: Mapping[str, str], keys: Iterable[str] = ("on_b
     """
     if not broken:
         return []
-    switches = " ".join(f"{key}=skip" for key in keys)
+    remedy = "repair them or move them out of the data root"
+    if len(broken) < checked:
+        remedy += f", or train without them by adding {' '.join(f'{key}=skip' for key in keys)} to the command"
     return [f"{path}: {reason}" for path, reason in broken.items()] + [
-        f"{len(broken)} of the pictures cannot be read: repair them or move them out of the data root, "
-        f"or train without them by adding {switches} to the command"
+        f"{len(broken)} of {checked} pictures cannot be read: {remedy}"
     ]
 
 

@@ -125,13 +125,18 @@ class EpochLoader(DataLoader[Any]):
 
     Args:
         dataset: a map-style data set.
-        sampler: an :class:`EpochSampler` (or what the trainer puts in its place to overfit on a few batches).
+        sampler: an :class:`EpochSampler`; or what the trainer puts in its place to predict, or to overfit.
         progress: where the trainer stands; None: epochs are always iterated whole.
         options: what else :class:`torch.utils.data.DataLoader` takes.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], sampler: Sampler[int], progress: EpochProgress | None = None, **options: Any
+        self,
+        dataset: Dataset[Any],
+        *,
+        sampler: Sampler[int] | None,
+        progress: EpochProgress | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(dataset, sampler=sampler, **options)
         self.progress = progress
