@@ -15,7 +15,7 @@ LEAVES = ("ldm.util", "ldm.exposure", "ldm.checkpoint", "ldm.lr_scheduler")
 # Module prefix -> prefixes of `ldm` that it may import. The longest matching prefix counts. Models and data sets are
 # reached from ldm.training through `target:` strings, so it imports neither.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "main": ("ldm.training", "ldm.data.data_module"),
+    "main": ("ldm.training", "ldm.data.data_module", "ldm.util"),
     "scripts": ("ldm.training", *LEAVES),
     "ldm.training": ("ldm.training", *LEAVES),
     "ldm.models": ("ldm.models", "ldm.modules", *LEAVES),
@@ -54,9 +54,18 @@ def project_modules() -> dict[str, Path]:
 MODULES = project_modules()
 
 
-def imported_names(source: str, module: str, is_package: bool) -> Iterator[str]:
-    """Yield the dotted name of everything imported, also inside functions and under TYPE_CHECKING."""
-    for node in ast.walk(ast.parse(source)):
+def statements(tree: ast.AST, with_types: bool) -> Iterator[ast.AST]:
+    """Yield every node, without the bodies of ``if TYPE_CHECKING:`` unless asked for."""
+    for node in ast.iter_child_nodes(tree):
+        type_only = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        if with_types or not type_only:
+            yield node
+            yield from statements(node, with_types)
+
+
+def imported_names(source: str, module: str, is_package: bool, with_types: bool = True) -> Iterator[str]:
+    """Yield the dotted name of everything imported, also inside functions."""
+    for node in statements(ast.parse(source), with_types):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -67,15 +76,15 @@ def imported_names(source: str, module: str, is_package: bool) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def imports_of(module: str) -> set[str]:
+def imports_of(module: str, with_types: bool = True) -> set[str]:
     path = MODULES[module]
-    return set(imported_names(path.read_text(encoding="utf-8"), module, path.name == "__init__.py"))
+    return set(imported_names(path.read_text(encoding="utf-8"), module, path.name == "__init__.py", with_types))
 
 
 def project_imports_of(module: str) -> set[str]:
-    """Name the project's modules that a module imports (``from a.b import c`` may mean a.b.c or a name in a.b)."""
+    """Name the project's modules that a module loads (``from a.b import c`` may mean a.b.c or a name in a.b)."""
     found = set()
-    for name in imports_of(module):
+    for name in imports_of(module, with_types=False):
         candidates = (name, name.rpartition(".")[0])
         found.update(next(([candidate] for candidate in candidates if candidate in MODULES), []))
     return found
@@ -105,8 +114,10 @@ def test_the_table_catches_an_import_in_the_wrong_direction() -> None:
     ("package", "users"),
     [("pytorch_lightning", LIGHTNING_USERS), ("lightning", LIGHTNING_USERS), ("taming", TAMING_USERS)],
 )
-def test_a_heavy_package_is_imported_by_its_few_users_alone(package: str, users: tuple[str, ...]) -> None:
-    importers = {module for module in MODULES if any(is_below(name, package) for name in imports_of(module))}
+def test_a_heavy_package_is_loaded_by_its_few_users_alone(package: str, users: tuple[str, ...]) -> None:
+    importers = {
+        module for module in MODULES if any(is_below(name, package) for name in imports_of(module, with_types=False))
+    }
     assert {module for module in importers if not any(is_below(module, user) for user in users)} == set()
 
 
