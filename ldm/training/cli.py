@@ -226,8 +226,8 @@ class _Words:
         except ValueError as error:
             reason = str(error).removeprefix("argument ")
             if "expected one argument" in reason or "expected at least one argument" in reason:
-                action = self.flags[flag]
-                reason = f"{flag}: a value is missing; write {flag} {action.metavar or 'VALUE'}"
+                wanted = self.flags[flag].metavar or "VALUE"
+                reason = f"{flag}: a value is missing; write {flag} {wanted}"
             self.problems.append(reason)
 
     def _old_flag(self, flag: str, old: Word, attached: str | None, values: list[str]) -> None:
@@ -407,7 +407,7 @@ def _build_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
             f"--{name}",
             type=_reader(_trainer_reader(name, parameter.annotation)),
             help=argparse.SUPPRESS,
-            metavar=f"({describe(parameter.annotation)})",
+            metavar=f"VALUE ({describe(parameter.annotation)})",
             **optional,
         )
     return parser, flags

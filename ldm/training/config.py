@@ -18,7 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.training.cli import Options
-from ldm.training.config_check import RunSection, accepted_by, check_config, check_machine, tidy_sections
+from ldm.training.config_check import (
+    DEFAULT_TARGETS,
+    RunSection,
+    accepted_by,
+    check_config,
+    check_machine,
+    tidy_sections,
+)
 from ldm.training.config_tree import ConfigTree, leaves, nearest, read_yaml
 from ldm.training.legacy_2022 import DATASETS, RULES, TRAINER_RULES, translate, translate_gpus
 
@@ -67,7 +74,7 @@ def load_run_config(options: Options) -> RunConfig:
         if layer.has("lightning.trainer.accelerator") and config.has("lightning.trainer.devices"):
             config.pop("lightning.trainer.devices")
         config.merge(layer)
-    _resolve(config, problems)
+    _resolve(config)
     problems += tidy_sections(config)
     said, wrong = translate(config, RULES)
     notices += said
@@ -205,15 +212,19 @@ def _gpus_flag(options: Options, flags: ConfigTree) -> None:
         flags.set(path, value, "flag --gpus")
 
 
-def _resolve(config: ConfigTree, problems: list[str]) -> None:
-    """Replace ``${...}`` by what it refers to."""
+def _resolve(config: ConfigTree) -> None:
+    """Replace ``${...}`` by what it refers to.
+
+    Raises:
+        ValueError: it refers to nothing.
+    """
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(config.tree), resolve=True)
         config.tree = resolved
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         reason = str(error).strip().splitlines()[0]
-        problems.append(f"{config.source(key)}: {key}: {reason}")
+        raise ValueError(f"{config.source(key)}: {key}: {reason}") from None
 
 
 def _complete(config: ConfigTree, options: Options, notices: list[str]) -> None:
@@ -233,6 +244,8 @@ def _complete(config: ConfigTree, options: Options, notices: list[str]) -> None:
     _give_data_root(config, saved_root, "data_root" in options.given, notices)
     _give_seed(config, saved_seed, "seed" in options.given)
     _choose_device(config, notices)
+    if config.has("lightning.logger") and not config.has("lightning.logger.target"):
+        config.set("lightning.logger.target", DEFAULT_TARGETS["lightning.logger"], DEFAULT_SOURCE)
 
 
 def _flag_name(name: str) -> str:

@@ -27,10 +27,10 @@ from ldm.training.annotations import describe, describe_value, fits
 from ldm.training.config_tree import ConfigTree, leaves, nearest
 from ldm.training.legacy_2022 import DATASETS, TRAINER_WORDS
 from ldm.training.targets import Accepted, Parameter, accepted_parameters, resolve_target
+from ldm.training.trainer import DEFAULT_CALLBACKS
 
 DEFAULT_TARGETS: Final[Mapping[str, str]] = {
-    "lightning.callbacks.image_logger": "main.ImageLogger",
-    "lightning.callbacks.learning_rate_logger": "pytorch_lightning.callbacks.LearningRateMonitor",
+    **{f"lightning.callbacks.{name}": callback["target"] for name, callback in DEFAULT_CALLBACKS.items()},
     "lightning.modelcheckpoint": "pytorch_lightning.callbacks.ModelCheckpoint",
     "lightning.logger": "pytorch_lightning.loggers.TensorBoardLogger",
 }
@@ -78,6 +78,7 @@ _OBJECT_KEYS: Final[Mapping[str, str]] = {
 }
 _MODULE_KEYS: Final = ("unet_config", "first_stage_config", "cond_stage_config", "lossconfig")
 _CODER: Final = "ldm.modules.diffusionmodules.model"
+_IMAGE_ROWS: Final = "ldm.models.diffusion.image_rows.image_rows"
 
 
 @dataclass
@@ -150,6 +151,7 @@ RANGES: Final = (
     Range("model.params.channels", _at_least(1), "at least 1"),
     Range("model.params.image_size", _at_least(1), "at least 1"),
     Range("model.params.log_every_t", _at_least(1), "at least 1"),
+    Range("model.params.scale_factor", _above_zero, "above 0 (Stable Diffusion has 0.18215)"),
     Range("model.params.linear_start", _above_zero, "above 0"),
     Range("model.params.linear_end", _above_zero, "above 0"),
     Range("data.params.batch_size", _at_least(1), "at least 1"),
@@ -223,7 +225,7 @@ def tidy_sections(config: ConfigTree) -> list[str]:
                 continue
             source = config.source(path)
             config.pop(path)
-            if value is not None:
+            if value is not None or pattern == "lightning.callbacks.*":
                 problems.append(f"{source}: {path}: expected keys below it, got {describe_value(value)}")
     return problems
 
@@ -418,6 +420,11 @@ class _Check:
                 match = nearest(value, sorted(registered))
                 listed = f"one of {', '.join(sorted(registered))}" if len(registered) <= 12 else "see Lightning's list"
                 self.add(f"{path}.{key}", f"{value!r} is unknown; {f'did you mean {match}?' if match else listed}")
+        if not _devices_fit(section.get("devices")):
+            self.add(
+                f"{path}.devices",
+                f"{section['devices']!r} is neither a number of devices, a list of their numbers, -1 for all, nor auto",
+            )
         longest = section.get("max_time")
         if isinstance(longest, str) and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", longest):
             self.add(f"{path}.max_time", f"{longest!r} is no time span; write days:hours:minutes:seconds: 00:08:00:00")
@@ -450,9 +457,11 @@ class _Check:
             found = resolve_target(target)
         except ValueError as error:
             self.add(f"{path}.target", str(error))
+            self.inner_sections(path, node)
             return None
         if kind is not None and inspect.isclass(found) and not issubclass(found, kind):
             self.add(f"{path}.target", f"target {target} is not a {kind.__name__}, which this section needs")
+            self.inner_sections(path, node)
             return None
         if re.fullmatch(r"data\.params\.\w+", path) and inspect.isclass(found) and not _is_data_set(found):
             self.add(f"{path}.target", f"target {target} is not a data set (it has no __getitem__)")
@@ -469,6 +478,12 @@ class _Check:
             all_given=not path.startswith("lightning."),
         )
         return found
+
+    def inner_sections(self, path: str, node: dict[str, Any]) -> None:
+        """Check the sections inside one whose own target is wrong, whose other parameters nobody can judge."""
+        params = node.get("params")
+        for key, value in params.items() if isinstance(params, dict) else ():
+            self.nested(f"{path}.params.{key}", str(key), value)
 
     def bind(
         self, params: Mapping[str, Any], path: str, accepted: Accepted, owner: str, *, all_given: bool = True
@@ -493,7 +508,7 @@ class _Check:
                 else:
                     self.unknown_key(here, owner, list(accepted.parameters))
                 continue
-            self.nested(here, key, value, owner)
+            self.nested(here, key, value)
         for key, parameter in accepted.parameters.items():
             if all_given and parameter.required and key not in params and key != "data_root":
                 self.add(f"{path}.{key}", f"is missing; {owner} needs it ({describe(parameter.annotation)})")
@@ -513,12 +528,12 @@ class _Check:
         meant = _meant(value, annotation)
         self.add(path, f"{text}; {meant}" if meant else text)
 
-    def nested(self, path: str, key: str, value: Any, owner: str) -> None:
+    def nested(self, path: str, key: str, value: Any) -> None:
         """Check the ``{target, params}`` mappings inside a value, at any depth."""
         if isinstance(value, list):
             for index, inner in enumerate(value):
                 if isinstance(inner, dict):
-                    self.nested(f"{path}.{index}", key, inner, owner)
+                    self.nested(f"{path}.{index}", key, inner)
             return
         if not isinstance(value, dict):
             return
@@ -533,14 +548,14 @@ class _Check:
             self.log_images(path, value)
         else:
             for inner_key, inner in value.items():
-                self.nested(f"{path}.{inner_key}", str(inner_key), inner, owner)
+                self.nested(f"{path}.{inner_key}", str(inner_key), inner)
 
     def coder(self, path: str, params: dict[str, Any]) -> None:
         """Check the numbers that an autoencoder hands on to its encoder and decoder."""
         encoder, decoder = (self.accepted(f"{_CODER}.{name}") for name in ("Encoder", "Decoder"))
         both = Accepted({**decoder.parameters, **encoder.parameters}, open=not encoder.parameters)
         # The classes swallow keywords that the other one takes, so what neither names is a mistake.
-        self.bind(params, path, both, "the first stage's encoder and decoder")
+        self.bind(params, path, both, "the first stage (Encoder, Decoder)")
 
     def log_images(self, path: str, params: dict[str, Any]) -> None:
         """Check what the image logger hands on to the model."""
@@ -552,7 +567,10 @@ class _Check:
         if function is None:
             return
         accepted = accepted_parameters(function)
-        known = {name: parameter for name, parameter in accepted.parameters.items() if name not in ("self", "batch")}
+        if accepted.open and str(target).startswith("ldm.models.diffusion."):
+            rows = self.accepted(_IMAGE_ROWS)  # where those models hand the keywords on to
+            accepted = Accepted({**rows.parameters, **accepted.parameters}, open=rows.open)
+        known = {name: found for name, found in accepted.parameters.items() if name not in ("self", "model", "batch")}
         self.bind(params, path, Accepted(known, open=accepted.open), "log_images", all_given=False)
 
     def ranges(self) -> None:
@@ -562,6 +580,14 @@ class _Check:
                 value = self.config.get(path)
                 if fits(value, float) and not allowed.allows(value):
                     self.add(path, f"{value} is out of range; it must be {allowed.words}")
+
+
+def _devices_fit(devices: Any) -> bool:
+    if isinstance(devices, str):
+        return devices in ("auto", "-1") or re.fullmatch(r"\d+(,\d+)*,?", devices) is not None
+    if isinstance(devices, list):
+        return bool(devices) and all(isinstance(number, int) and number >= 0 for number in devices)
+    return not isinstance(devices, int) or devices == -1 or devices >= 1
 
 
 def _is_data_set(found: type) -> bool:
@@ -632,9 +658,6 @@ def _folder_hint(root: str) -> str:
     """Propose the folder that a missing one may have meant."""
     parent = Path(root).parent
     folders = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    match = nearest(Path(root).name, folders)
-    if match is not None:
-        return f"; did you mean {(parent / match).as_posix()}?"
     for folder in folders:
         rest = Path(root).name.removeprefix(folder)
         if rest != Path(root).name and (parent / folder / rest).is_dir():
@@ -642,6 +665,9 @@ def _folder_hint(root: str) -> str:
                 f"; did you mean {(parent / folder / rest).as_posix()}? (this shell takes back slashes away: type "
                 f"slashes)"
             )
+    match = nearest(Path(root).name, folders)
+    if match is not None:
+        return f"; did you mean {(parent / match).as_posix()}?"
     return "; name the folder that holds your subfolders of pictures"
 
 

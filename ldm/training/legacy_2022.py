@@ -72,7 +72,7 @@ def translate(config: ConfigTree, rules: tuple[Rule, ...]) -> tuple[list[str], l
     """
     notices: list[str] = []
     problems: list[str] = []
-    for rule in RULES:
+    for rule in rules:
         for path in config.matching(rule.key):
             if rule.owner and not _owner(config, path).startswith(rule.owner):
                 continue
@@ -81,6 +81,7 @@ def translate(config: ConfigTree, rules: tuple[Rule, ...]) -> tuple[list[str], l
                 notice = rule.action(config, path)
             except ValueError as error:
                 problems.append(f"{source}: {path}: {error}")
+                config.pop(path)  # so that no later check complains about it once more
                 continue
             if notice is not None:
                 notices.append(f"{source}: {path}: {notice}")
@@ -245,7 +246,7 @@ def _drawn_seed(config: ConfigTree, path: str) -> str | None:
         return None
     seed = random.SystemRandom().randrange(2**31)
     config.set(path, seed, config.source(path))
-    return f"-1 asks for any order: {seed} was drawn, and is written into the run's config"
+    return f"-1 asks for an order of its own: {seed} was drawn, and is written into the run's config"
 
 
 def _validation_repeats(config: ConfigTree, path: str) -> str | None:

@@ -108,12 +108,14 @@ def resolve_target(target: str) -> Any:
     if found is None:
         if target in COMES_LATER:
             raise ValueError(_later(target))
+        if _find(target) is not None:
+            raise ValueError(_is_module(target))
         public = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]
         match = nearest(name, public)
         hint = f"did you mean {module_name}.{match}?" if match else "check the name"
         raise ValueError(f"target {target}: the module {module_name} has no {name}; {hint}")
     if isinstance(found, types.ModuleType):
-        raise ValueError(f"target {target} is a module; name a class in it, as {target}.ClassName")
+        raise ValueError(_is_module(target))
     if not callable(found):
         raise ValueError(f"target {target} is a {type(found).__name__}, not a class or function")
     return found
@@ -183,6 +185,10 @@ def _resolved(annotation: Any, namespace: dict[str, Any]) -> Any:
 
 def _later(target: str) -> str:
     return f"target {target} is not in this version of the trainer: it belongs to {COMES_LATER[target]}"
+
+
+def _is_module(target: str) -> str:
+    return f"target {target} is a module; name a class in it, as {target}.ClassName"
 
 
 def _missing_module(target: str, module_name: str, name: str) -> str:
