@@ -80,7 +80,7 @@ def randn(purpose: str, exposures: Tensor, shape: Sequence[int]) -> Tensor:
         shape: the shape of one item's draw.
 
     Returns:
-        float32 (B, \\*shape) on the CPU; row i depends on ``exposures[i]`` alone.
+        float32 (B, ...) on the CPU, items of the given shape; row i depends on ``exposures[i]`` alone.
     """
     return torch.stack(
         [torch.randn(tuple(shape), generator=keyed_generator(purpose, *row)) for row in exposures.tolist()]

@@ -1,0 +1,198 @@
+"""Encoders that turn a condition (captions, class labels, maps) into what the UNet attends to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ldm.modules.encoders.tokenizer import build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+CLIP_VIT_L_14_TEXT: Mapping[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 768,
+}
+"""The numbers of Stable Diffusion v1's text encoder, openai/clip-vit-large-patch14."""
+
+
+class AbstractEncoder(nn.Module):
+    """Base of the encoders: ``encode`` is what the diffusion model calls."""
+
+    def encode(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Encode a condition."""
+        return self(*args, **kwargs)
+
+
+class IdentityEncoder(AbstractEncoder):
+    """Hands the condition on as it is."""
+
+    def encode(self, x: Any) -> Any:
+        """Return the argument."""
+        return x
+
+
+class ClassEmbedder(nn.Module):
+    """Embeds class labels as one-token contexts.
+
+    Args:
+        embed_dim: width of the embedding.
+        n_classes: number of classes.
+        key: name of the labels in the batch.
+    """
+
+    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
+        super().__init__()
+        self.key = key
+        self.embedding = nn.Embedding(n_classes, embed_dim)
+
+    def forward(self, batch: Mapping[str, Tensor], key: str | None = None) -> Tensor:
+        """Embed ``batch[key]``, int64 (B,), as (B, 1, embed_dim)."""
+        return self.embedding(batch[key or self.key][:, None])
+
+
+class SpatialRescaler(nn.Module):
+    """Resamples a spatial condition by halving (or another factor), and optionally changes its channels.
+
+    Args:
+        n_stages: how often to resample.
+        method: torch's interpolation mode.
+        multiplier: factor of each resampling.
+        in_channels: channels of the condition.
+        out_channels: channels after a 1x1 convolution; no convolution if None.
+        bias: whether the convolution has one.
+    """
+
+    def __init__(
+        self,
+        n_stages: int = 1,
+        method: str = "bilinear",
+        multiplier: float = 0.5,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.n_stages = n_stages
+        self.interpolator = partial(F.interpolate, mode=method, scale_factor=multiplier)
+        self.channel_mapper = None if out_channels is None else nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H * multiplier**n_stages, ...)."""
+        for _ in range(self.n_stages):
+            x = self.interpolator(x)
+        return x if self.channel_mapper is None else self.channel_mapper(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Apply the rescaler."""
+        return self(x)
+
+
+class _TextTransformer(nn.Module):
+    """Holds the text model one level down, where checkpoints have it (``transformer.text_model``)."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.text_model = CLIPTextModel(config)
+
+
+class FrozenCLIPEmbedder(AbstractEncoder):
+    """CLIP's text encoder: captions to the sequence of last hidden states.
+
+    Built from numbers, never downloaded; its weights come from the checkpoint. In spite of its name it is
+    trained where ``cond_stage_trainable`` says so: that name is a contract.
+
+    Args:
+        version: the model whose numbers to use; only ``openai/clip-vit-large-patch14`` is known.
+        device: accepted for CompVis configs; the module lives where its parameters are.
+        max_length: tokens of each encoded caption, begin and end included.
+        text_config: numbers of another CLIP text model (fields of ``transformers.CLIPTextConfig``).
+
+    Raises:
+        ValueError: unknown ``version`` without ``text_config``, or more tokens than positions.
+
+    Reference:
+        Radford et al. 2021, arXiv 2103.00020, section 2.4.
+    """
+
+    def __init__(
+        self,
+        version: str = "openai/clip-vit-large-patch14",
+        device: str | None = None,
+        max_length: int = 77,
+        text_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if text_config is None:
+            if version != "openai/clip-vit-large-patch14":
+                raise ValueError(
+                    f"cond_stage_config: version '{version}' is unknown and nothing is downloaded; "
+                    "give its numbers as text_config (hidden_size, num_hidden_layers, …)"
+                )
+            text_config = CLIP_VIT_L_14_TEXT
+        config = CLIPTextConfig(**{**text_config})
+        if max_length > config.max_position_embeddings:
+            raise ValueError(
+                f"cond_stage_config: max_length {max_length} is above the text encoder's "
+                f"{config.max_position_embeddings} positions"
+            )
+        self.max_length = max_length
+        self.transformer = _TextTransformer(config)
+        self._reported_captions: set[str] = set()
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Turn captions into token ids; a caption that is too long is cut, and named in a warning.
+
+        Args:
+            captions: B texts; an empty one is the unconditional prompt.
+
+        Returns:
+            int64 (B, max_length) on the CPU: begin token, text, then end tokens up to the length.
+        """
+        tokenizer = build_tokenizer()
+        room = self.max_length - 2
+        rows = []
+        for caption in captions:
+            ids = tokenizer.backend_tokenizer.encode(caption, add_special_tokens=False).ids
+            if len(ids) > room and caption not in self._reported_captions:
+                self._reported_captions.add(caption)
+                logger.warning(
+                    "caption of %d tokens cut to %d: '%s' loses '%s'",
+                    len(ids),
+                    room,
+                    caption,
+                    tokenizer.decode(ids[room:]).strip(),
+                )
+            begun = [tokenizer.bos_token_id, *ids[:room]]
+            rows.append(begun + [tokenizer.eos_token_id] * (self.max_length - len(begun)))
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        """Encode captions, or token ids that are there already.
+
+        Args:
+            text: one caption, B captions, or int64 (B, L) token ids.
+
+        Returns:
+            (B, L, hidden_size): hidden states after the last layer norm.
+        """
+        if isinstance(text, Tensor):
+            tokens = text
+        else:
+            tokens = self.tokenize([text] if isinstance(text, str) else text)
+        device = self.transformer.text_model.embeddings.token_embedding.weight.device
+        return self.transformer.text_model(input_ids=tokens.to(device)).last_hidden_state

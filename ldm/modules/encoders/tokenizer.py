@@ -1,0 +1,56 @@
+"""The CLIP byte-pair tokeniser, built from an installed package: nothing is downloaded."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+VOCABULARY_SIZE = 49408
+BEGIN_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
+
+
+def _vocabulary_path() -> Path:
+    """Find the vocabulary file without importing the package that carries it (which would load vision models)."""
+    spec = importlib.util.find_spec("open_clip")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
+        if path.is_file():
+            return path
+    raise OSError(
+        "the CLIP vocabulary (bpe_simple_vocab_16e6.txt.gz) was not found; it comes with the package "
+        "open-clip-torch: pip install open-clip-torch"
+    )
+
+
+def _byte_characters() -> list[str]:
+    """List the 256 characters that stand for bytes in the vocabulary file, in the vocabulary's order.
+
+    Printable Latin-1 bytes stand for themselves and come first; the rest follow as characters from 256 up.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+
+
+@lru_cache(maxsize=1)
+def build_tokenizer() -> CLIPTokenizer:
+    """Build the tokeniser that Stable Diffusion v1's text encoder was trained with.
+
+    Returns:
+        A transformers tokeniser with 49,408 ids; 49406 begins a text, 49407 ends and pads it.
+
+    Raises:
+        OSError: the vocabulary file is not installed.
+    """
+    characters = _byte_characters()
+    merge_count = VOCABULARY_SIZE - 2 * len(characters) - 2
+    with gzip.open(_vocabulary_path(), "rt", encoding="utf-8") as file:
+        merges = file.read().split("\n")[1 : merge_count + 1]
+    tokens = characters + [character + "</w>" for character in characters]
+    tokens += ["".join(merge.split()) for merge in merges] + [BEGIN_OF_TEXT, END_OF_TEXT]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[tuple(merge.split()) for merge in merges]
+    )
