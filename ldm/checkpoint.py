@@ -1,0 +1,303 @@
+"""Read, check and load checkpoints: Lightning ``.ckpt``, bare ``.ckpt`` and ``.safetensors``.
+
+Reading cannot run code: pickles are read by torch's weights-only unpickler. Loading is strict: each key
+that does not find its place is an error, but for a short list of tolerated ones, which are reported.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+SCHEDULE_TABLES: Final = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+"""Keys that the config computes: a file may lack them, and rounded copies never replace the exact ones."""
+
+TOLERATED_UNEXPECTED: Final[Mapping[str, str]] = {
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": "position numbers, which are computed",
+    "model_ema.": "moving averages, which use_ema: false does not use",
+    "first_stage_model.loss.": "the loss that the first stage was trained with",
+    "embedding_manager.": "textual-inversion embeddings, which this trainer does not use",
+}
+"""Keys or key prefixes in a file that the model need not have, and what they are."""
+
+# Checkpoints of Lightning before 1.6 hold classes of these packages as names of callbacks. They are read as
+# inert stand-ins; nothing of them is called.
+_INERT_PACKAGES: Final = ("pytorch_lightning.callbacks.", "pytorch_lightning.utilities.", "main.")
+
+_ROUNDING: Final = 2e-3
+"""Relative difference that a schedule table may show from having been stored in half precision."""
+
+
+class _Inert:
+    """Stands in for a class that an old checkpoint names; ignores whatever is done to it."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """Take any arguments."""
+
+    def __setstate__(self, state: object) -> None:
+        """Drop the state."""
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """What loading did.
+
+    Attributes:
+        loaded: number of tensors loaded.
+        notes: one line for each group of keys that was passed over, or changed on the way.
+    """
+
+    loaded: int
+    notes: list[str] = field(default_factory=list)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file, safely.
+
+    Args:
+        path: a ``.ckpt``/``.pt``/``.pth`` or ``.safetensors`` file.
+
+    Returns:
+        A dictionary with ``state_dict`` (str -> tensor) and, for Lightning files, everything else in them.
+
+    Raises:
+        OSError: the file is missing or unreadable.
+        ValueError: it is damaged, empty of weights, or holds code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OSError(f"checkpoint '{path}' is a folder; name the .ckpt or .safetensors file inside it")
+    if not path.is_file():
+        raise OSError(f"checkpoint '{path}' does not exist")
+    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of weights")
+    if not isinstance(content.get("state_dict"), dict):
+        content = {"state_dict": content}
+    weights = content["state_dict"]
+    strangers = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
+    if strangers or not weights:
+        found = f"{_first(strangers)} is no tensor" if strangers else "it is empty"
+        raise ValueError(f"checkpoint '{path}' holds no state_dict of weights: {found}")
+    return content
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint file; see :func:`read_checkpoint`."""
+    return read_checkpoint(path)["state_dict"]
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"checkpoint '{path}' is damaged or no safetensors file ({error}); copy it again") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    is_zip = zipfile.is_zipfile(path)
+    inert = _inert_names(path) if is_zip else []
+    context = torch.serialization.safe_globals([(_Inert, name) for name in inert]) if inert else nullcontext()
+    try:
+        with context:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if is_zip or "Unsupported" in str(error):
+            reason = next((line for line in str(error).splitlines() if "Unsupported" in line), "")
+            raise ValueError(
+                f"checkpoint '{path}' was refused: it holds more than weights, and reading it could run code"
+                f"{_global_names(path, is_zip)}{_reason(reason, is_zip)}; get the file as .safetensors instead"
+            ) from error
+        raise ValueError(f"checkpoint '{path}' is damaged or no checkpoint file; copy it again") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"checkpoint '{path}' is damaged, truncated or no checkpoint file; copy it again") from error
+
+
+def _reason(line: str, is_zip: bool) -> str:
+    return "" if is_zip or not line else f" ({line.strip()})"
+
+
+def _unsafe_names(path: Path) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return []
+
+
+def _global_names(path: Path, is_zip: bool) -> str:
+    names = [name for name in _unsafe_names(path) if not name.startswith(_INERT_PACKAGES)] if is_zip else []
+    return f" ({_first(names)})" if names else ""
+
+
+def _inert_names(path: Path) -> list[str]:
+    return [name for name in _unsafe_names(path) if name.startswith(_INERT_PACKAGES)]
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def without_wrapper_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the name parts that compiled (``_orig_mod``) or parallel (``module``) wrappers put into keys."""
+    clean = {}
+    for key, value in state_dict.items():
+        parts = [part for part in key.split(".") if part != "_orig_mod"]
+        clean[".".join(parts[1:] if parts[0] == "module" else parts)] = value
+    return clean
+
+
+def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> KeyReport:
+    """Load weights into a module, strictly.
+
+    The module is changed only when everything fits. Schedule tables are compared, never loaded. A module
+    with moving averages that the file lacks starts them from the loaded weights.
+
+    Args:
+        module: the model.
+        state_dict: the file's weights under checkpoint keys, in any floating dtype.
+        source: the file's name, for messages.
+
+    Returns:
+        What was loaded and what was passed over.
+
+    Raises:
+        ValueError: keys are missing or unexpected, shapes differ, values are NaN or infinite, or the
+            file was made with another noise schedule.
+    """
+    weights = without_wrapper_prefixes(state_dict)
+    own = without_wrapper_prefixes(module.state_dict(keep_vars=True))
+    notes: list[str] = []
+
+    tables = {key for key in SCHEDULE_TABLES if key in own}
+    notes += _compare_schedule(own, weights, tables, source)
+
+    missing = [key for key in own if key not in weights and key not in tables]
+    unexpected = [key for key in weights if key not in own and key not in SCHEDULE_TABLES]
+    averages = [key for key in own if key.startswith("model_ema.")]
+    if averages and all(key in missing for key in averages):
+        missing = [key for key in missing if key not in set(averages)]
+        notes.append(f"{len(averages)} moving averages are not in the file: they start from its weights")
+    else:
+        averages = []
+    for prefix, meaning in TOLERATED_UNEXPECTED.items():
+        passed = [key for key in unexpected if key.startswith(prefix)]
+        # With use_ema the model has such keys of its own: then an unknown one is an error like any other.
+        if passed and not any(key.startswith(prefix) for key in own):
+            unexpected = [key for key in unexpected if not key.startswith(prefix)]
+            notes.append(f"{len(passed)} keys of the file are not used ({passed[0]}…): {meaning}")
+
+    loadable = [key for key in own if key in weights and key not in tables]
+    mismatched = [
+        f"{key} is {tuple(weights[key].shape)}, the model needs {tuple(own[key].shape)}"
+        for key in loadable
+        if weights[key].shape != own[key].shape
+    ]
+    if missing or unexpected or mismatched:
+        raise ValueError(_misfit_message(source, missing, unexpected, mismatched, total=len(own) - len(tables)))
+    _refuse_non_finite(weights, loadable, source)
+
+    halves = sorted(
+        {str(weights[key].dtype).removeprefix("torch.") for key in loadable} - {"float32", "int32", "int64"}
+    )
+    if halves:
+        notes.append(f"the file holds {', '.join(halves)}: converted to the model's precision")
+    with torch.no_grad():
+        for key in loadable:
+            own[key].copy_(weights[key])
+        if averages:
+            _start_averages(own, averages)
+    return KeyReport(loaded=len(loadable), notes=notes)
+
+
+def _start_averages(own: Mapping[str, Tensor], averages: Iterable[str]) -> None:
+    """Copy each UNet weight to its moving average, whose name is the weight's with the dots removed."""
+    live = {"model_ema." + key.removeprefix("model.").replace(".", ""): key for key in own if key.startswith("model.")}
+    for key in averages:
+        if key in live:
+            own[key].copy_(own[live[key]])
+
+
+def _compare_schedule(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], tables: Iterable[str], source: str
+) -> list[str]:
+    rounded = 0
+    for key in sorted(tables):
+        if key not in weights or own[key].is_meta:
+            continue
+        stored, exact = weights[key].double(), own[key].double().cpu()
+        if stored.shape != exact.shape or (key == "alphas_cumprod" and not _agree(stored, exact)):
+            raise ValueError(
+                f"checkpoint '{source}' was made with another noise schedule ({key} differs); set timesteps, "
+                "beta_schedule, linear_start and linear_end of the config as in the model's own config"
+            )
+        rounded += not torch.equal(stored.float(), exact.float())
+    return [f"{rounded} schedule tables are rounded in the file: the exact ones are kept"] if rounded else []
+
+
+def _agree(stored: Tensor, exact: Tensor) -> bool:
+    return bool(torch.allclose(stored, exact, rtol=_ROUNDING, atol=1e-6))
+
+
+def _refuse_non_finite(weights: Mapping[str, Tensor], keys: Iterable[str], source: str) -> None:
+    bad = [key for key in keys if weights[key].is_floating_point() and not bool(torch.isfinite(weights[key]).all())]
+    if bad:
+        raise ValueError(
+            f"checkpoint '{source}' holds NaN or infinite values in {len(bad)} tensors ({_first(bad)}); "
+            "use an earlier checkpoint"
+        )
+
+
+def _misfit_message(
+    source: str, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str], total: int
+) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of the model's {total} keys are missing ({_first(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} keys are unexpected ({_first(unexpected)})")
+    if mismatched:
+        parts.append(f"{len(mismatched)} shapes differ ({_first(mismatched, 1)})")
+    return f"checkpoint '{source}' does not fit the model: {'; '.join(parts)}. {_likely_cause(missing, unexpected)}"
+
+
+def _likely_cause(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    def any_starts(keys: Sequence[str], *prefixes: str) -> bool:
+        return any(key.startswith(prefixes) for key in keys)
+
+    if any_starts(unexpected, "down_blocks.", "unet.", "text_encoder.", "time_embedding."):
+        return "Likely cause: this is a diffusers file; convert it to a Stable Diffusion .ckpt first"
+    if any_starts(unexpected, "lora_", "lycoris_"):
+        return "Likely cause: this is a LoRA, not a whole model; name the base model's checkpoint"
+    if any_starts(unexpected, "cond_stage_model.model."):
+        return "Likely cause: this is a Stable Diffusion 2 model, which the v1 config does not describe"
+    if any_starts(unexpected, "conditioner."):
+        return "Likely cause: this is an SDXL model, which the v1 config does not describe"
+    if any_starts(missing, "first_stage_model.") and not any_starts(missing, "model.diffusion_model."):
+        return "Likely cause: the file holds no VAE; use a whole model's checkpoint"
+    if any_starts(unexpected, "encoder.", "decoder.", "quant_conv."):
+        return "Likely cause: this is a VAE alone, not a whole model"
+    return "Likely cause: the file belongs to another architecture than the config (--base) describes"
