@@ -1,0 +1,882 @@
+"""The diffusion models as Lightning modules: what is trained, what is frozen, what is logged.
+
+Wiring only: the formulas stand in the files beside this one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm import exposure
+from ldm.checkpoint import load_weights, read_weights, without_wrapper_prefixes
+from ldm.models.diffusion import gaussian_diffusion, image_rows, loss
+from ldm.models.diffusion.conditioning import CONDITIONING_KEYS, Condition, as_arguments
+from ldm.models.diffusion.noise_schedule import build_noise_schedule, condition_timesteps
+from ldm.modules.diffusionmodules.util import noise_like
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
+from ldm.modules.ema import LitEma
+from ldm.util import instantiate_from_config, mean_flat
+
+Batch = Mapping[str, Any]
+
+
+class DiffusionWrapper(pl.LightningModule):
+    """Hands the network its condition in the way the model was built for.
+
+    Args:
+        diff_model_config: ``{target, params}`` of the network.
+        conditioning_key: None, ``concat``, ``crossattn``, ``hybrid`` or ``adm``.
+
+    Raises:
+        ValueError: unknown key.
+    """
+
+    def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
+        super().__init__()
+        if conditioning_key not in CONDITIONING_KEYS:
+            names = ", ".join("null" if key is None else key for key in CONDITIONING_KEYS)
+            raise ValueError(f"model.params.conditioning_key is '{conditioning_key}'; use one of {names}")
+        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.conditioning_key = conditioning_key
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Sequence[Tensor] | None = None,
+        c_crossattn: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Apply the network.
+
+        Args:
+            x: (B, C, H, W).
+            t: int64 (B,).
+            c_concat: maps (B, C', H, W) to put beside x.
+            c_crossattn: tokens (B, L, D) to attend to; for ``adm`` the class labels (B,).
+
+        Returns:
+            (B, C, H, W).
+        """
+        if self.conditioning_key in ("concat", "hybrid"):
+            x = torch.cat([x, *(c_concat or [])], dim=1)
+        if self.conditioning_key in ("crossattn", "hybrid"):
+            return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn or []), dim=1))
+        if self.conditioning_key == "adm":
+            return self.diffusion_model(x, t, y=c_crossattn[0] if c_crossattn else None)
+        return self.diffusion_model(x, t)
+
+
+class DDPM(pl.LightningModule):
+    """Denoising diffusion on pictures, and the base of latent diffusion.
+
+    Args:
+        unet_config: ``{target, params}`` of the network.
+        timesteps: number of timesteps T.
+        beta_schedule: ``linear``, ``cosine``, ``sqrt_linear`` or ``sqrt``.
+        loss_type: ``l2`` or ``l1``.
+        ckpt_path: weights to load.
+        ignore_keys: prefixes of keys in that file to pass over.
+        load_only_unet: load only the network's weights from it.
+        monitor: metric that checkpoints are chosen by.
+        use_ema: keep a moving average of the network's weights.
+        first_stage_key: name of the pictures in a batch.
+        image_size: height and width of a sample, in pixels (latent cells for latent diffusion).
+        channels: channels of a sample.
+        log_every_t: timesteps between logged intermediates.
+        clip_denoised: clip estimates of x_0 to [-1, 1] in ancestral sampling.
+        linear_start, linear_end, cosine_s, given_betas: see
+            :func:`~ldm.models.diffusion.noise_schedule.build_noise_schedule`.
+        original_elbo_weight: weight of the variational bound in the loss.
+        v_posterior: weight of beta in the posterior variance.
+        l_simple_weight: weight of the simple loss.
+        conditioning_key: how conditions reach the network.
+        parameterization: ``eps``, ``x0`` or ``v``: what the network predicts.
+        scheduler_config: ``{target, params}`` of a learning-rate schedule.
+        learn_logvar: learn a log-variance for each timestep.
+        logvar_init: its initial value.
+        unfreeze_model: train the network.
+        model_lr: the network's learning rate; the base learning rate if None.
+
+    Attributes:
+        learning_rate: base learning rate, set by the run.
+
+    Reference:
+        Ho et al. 2020, arXiv 2006.11239.
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    log_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+    lvlb_weights: Tensor
+    logvar: Tensor
+    first_stage_model: Any
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        loss_type: str = "l2",
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        monitor: str | None = "val/loss",
+        use_ema: bool = True,
+        first_stage_key: str = "image",
+        image_size: int | Sequence[int] = 256,
+        channels: int = 3,
+        log_every_t: int = 100,
+        clip_denoised: bool = True,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        given_betas: Sequence[float] | None = None,
+        original_elbo_weight: float = 0.0,
+        v_posterior: float = 0.0,
+        l_simple_weight: float = 1.0,
+        conditioning_key: str | None = None,
+        parameterization: str = "eps",
+        scheduler_config: Mapping[str, Any] | None = None,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
+        unfreeze_model: bool = True,
+        model_lr: float | None = None,
+    ) -> None:
+        super().__init__()
+        if parameterization not in gaussian_diffusion.PARAMETERIZATIONS:
+            raise ValueError(gaussian_diffusion.unknown_parameterization(parameterization))
+        self.parameterization = parameterization
+        self.cond_stage_model: nn.Module | None = None
+        self.clip_denoised = clip_denoised
+        self.log_every_t = log_every_t
+        self.first_stage_key = first_stage_key
+        self.image_size = image_size
+        self.channels = channels
+        self.loss_type = loss_type
+        self.monitor = monitor
+        self.v_posterior = v_posterior
+        self.original_elbo_weight = original_elbo_weight
+        self.l_simple_weight = l_simple_weight
+        self.scheduler_config = scheduler_config
+        self.use_scheduler = scheduler_config is not None
+        self.unfreeze_model = unfreeze_model
+        self.model_lr = model_lr
+        self.learning_rate = 0.0
+
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        self.use_ema = use_ema
+        if use_ema:
+            self.model_ema = LitEma(self.model)
+        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        self.learn_logvar = learn_logvar
+        logvar = torch.full((self.num_timesteps,), float(logvar_init))
+        if learn_logvar:
+            self.logvar = nn.Parameter(logvar)
+        else:
+            self.register_buffer("logvar", logvar, persistent=False)
+        self.model.requires_grad_(unfreeze_model)
+        if ckpt_path is not None and type(self) is DDPM:
+            self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
+
+    def register_schedule(
+        self,
+        given_betas: Sequence[float] | None = None,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+    ) -> None:
+        """Compute the noise schedule and register its tables under the checkpoint's names."""
+        schedule = build_noise_schedule(
+            given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s, self.v_posterior
+        )
+        for name, table in schedule.tensors().items():
+            self.register_buffer(name, table)
+        self.register_buffer("lvlb_weights", loss.lvlb_weights(schedule, self.parameterization), persistent=False)
+        self.num_timesteps = len(schedule.betas)
+        self.linear_start = linear_start
+        self.linear_end = linear_end
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+        """Load weights from a file, strictly, but for keys that begin with an entry of ``ignore_keys``.
+
+        Args:
+            path: ``.ckpt`` or ``.safetensors``.
+            ignore_keys: prefixes to pass over.
+            only_model: load only the network (keys below ``model.``).
+
+        Raises:
+            OSError, ValueError: see :mod:`ldm.checkpoint`.
+        """
+        weights = {key: value for key, value in read_weights(path).items() if not key.startswith(tuple(ignore_keys))}
+        if only_model:
+            network = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
+            load_weights(self.model, network, source=path)
+        else:
+            load_weights(self, weights, source=path)
+
+    # --- the diffusion process -----------------------------------------------------------------------------
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Noise x_0 to timestep t; see :func:`~ldm.models.diffusion.gaussian_diffusion.q_sample`."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return gaussian_diffusion.q_sample(self, x_start, t, noise)
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give mean, variance and log-variance of q(x_t | x_0)."""
+        return gaussian_diffusion.q_mean_variance(self, x_start, t)
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0)."""
+        return gaussian_diffusion.q_posterior(self, x_start, x_t, t)
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Recover x_0 from x_t and the noise."""
+        return gaussian_diffusion.predict_start_from_noise(self, x_t, t, noise)
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition = None, return_ids: bool = False) -> Tensor:
+        """Apply the network to noisy samples under an encoded condition.
+
+        Args:
+            x_noisy: (B, C, H, W).
+            t: int64 (B,).
+            cond: see :mod:`ldm.models.diffusion.conditioning`.
+            return_ids: accepted for CompVis callers.
+
+        Returns:
+            (B, C, H, W): the network's output.
+        """
+        return self.model(x_noisy, t, **as_arguments(cond, self.model.conditioning_key))
+
+    def p_mean_variance(
+        self,
+        x: Tensor,
+        c: Condition,
+        t: Tensor,
+        clip_denoised: bool,
+        return_codebook_ids: bool = False,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Give mean, variance and clipped log-variance of p(x_{t-1} | x_t), and with ``return_x0`` the x_0.
+
+        Args:
+            x: x_t, (B, C, H, W).
+            c: the condition.
+            t: int64 (B,).
+            clip_denoised: clip the estimate of x_0 to [-1, 1].
+            return_codebook_ids: refused: no model here predicts codebook ids.
+            quantize_denoised: replace it by its nearest codes.
+            return_x0: also return it.
+            score_corrector: see :class:`~ldm.models.diffusion.sampling.Guide`.
+            corrector_kwargs: see there.
+
+        Reference:
+            Ho et al. 2020, arXiv 2006.11239, eq. 11.
+        """
+        if return_codebook_ids:
+            raise ValueError("return_codebook_ids: models that predict codebook ids are not supported")
+        output = self.apply_model(x, t, c)
+        if score_corrector is not None:
+            output = score_corrector.modify_score(self, output, x, t, c, **(corrector_kwargs or {}))
+        x_recon = gaussian_diffusion.to_x0(self, self.parameterization, x, t, output)
+        if clip_denoised:
+            x_recon = x_recon.clamp(-1.0, 1.0)
+        if quantize_denoised:
+            x_recon = self.first_stage_model.quantize(x_recon)[0]
+        mean_variance = self.q_posterior(x_recon, x, t)
+        return (*mean_variance, x_recon) if return_x0 else mean_variance
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x: Tensor,
+        c: Condition,
+        t: Tensor,
+        clip_denoised: bool = False,
+        repeat_noise: bool = False,
+        return_codebook_ids: bool = False,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Draw x_{t-1} given x_t; see :meth:`p_mean_variance`. No noise is added where t is 0."""
+        mean, _, log_variance, x0 = self.p_mean_variance(
+            x,
+            c,
+            t,
+            clip_denoised,
+            return_codebook_ids=return_codebook_ids,
+            quantize_denoised=quantize_denoised,
+            return_x0=True,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+        )
+        noise = noise_like(x.shape, x.device, repeat_noise) * temperature
+        if noise_dropout > 0.0:
+            noise = torch.nn.functional.dropout(noise, p=noise_dropout)
+        moves = (t != 0).to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
+        sample = mean + moves * torch.exp(0.5 * log_variance) * noise
+        return (sample, x0) if return_x0 else sample
+
+    @torch.no_grad()
+    def p_sample_loop(
+        self,
+        cond: Condition,
+        shape: Sequence[int],
+        return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = True,
+        callback: Callable[[int], None] | None = None,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        start_T: int | None = None,
+        log_every_t: int | None = None,
+    ) -> Any:
+        """Sample by stepping through every timestep.
+
+        Args:
+            cond: the condition.
+            shape: (B, C, H, W).
+            return_intermediates: also return the list of logged x.
+            x_T: starting noise; drawn if None.
+            verbose: show a progress bar.
+            callback: called with t after each step.
+            img_callback: called with x and t after each step.
+            timesteps: begin this many steps before the end; all if None.
+            quantize_denoised: see :meth:`p_mean_variance`.
+            mask: inpainting: 1 where x0 is to be kept.
+            x0: what to keep there.
+            start_T: upper bound on ``timesteps``.
+            log_every_t: timesteps between intermediates.
+
+        Reference:
+            Ho et al. 2020, arXiv 2006.11239, algorithm 2.
+        """
+        log_every_t = log_every_t or self.log_every_t
+        x = torch.randn(tuple(shape), device=self.betas.device) if x_T is None else x_T
+        steps = min(timesteps or self.num_timesteps, start_T or self.num_timesteps)
+        intermediates = [x]
+        for index in tqdm(reversed(range(steps)), total=steps, desc="sampling", disable=not verbose):
+            t = torch.full((shape[0],), index, device=x.device, dtype=torch.int64)
+            x = self.p_sample(
+                x,
+                self._noised_condition(cond, t),
+                t,
+                clip_denoised=self.clip_denoised,
+                quantize_denoised=quantize_denoised,
+            )
+            if mask is not None and x0 is not None:
+                x = self.q_sample(x0, t) * mask + (1.0 - mask) * x
+            if index % log_every_t == 0 or index == steps - 1:
+                intermediates.append(x)
+            if callback is not None:
+                callback(index)
+            if img_callback is not None:
+                img_callback(x, index)
+        return (x, intermediates) if return_intermediates else x
+
+    @torch.no_grad()
+    def sample(
+        self, cond: Condition = None, batch_size: int = 16, shape: Sequence[int] | None = None, **kwargs: Any
+    ) -> Any:
+        """Sample with :meth:`p_sample_loop`; the shape comes from ``channels`` and ``image_size`` if not given."""
+        if shape is None:
+            size = self.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            shape = (batch_size, self.channels, height, width)
+        return self.p_sample_loop(cond, shape, **kwargs)
+
+    def _noised_condition(self, cond: Condition, t: Tensor, exposures: Tensor | None = None) -> Condition:
+        """Noise the condition as far as the model's timesteps of the condition ask for: not at all, here."""
+        return cond
+
+    def _prior_bpd(self, x_start: Tensor) -> Tensor:
+        """Give KL(q(x_T | x_0) || N(0, 1)) in bits, averaged over elements: (B,)."""
+        t = torch.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device, dtype=torch.int64)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        nats = normal_kl(mean, log_variance, 0.0, 0.0)
+        return mean_flat(nats) / torch.log(torch.tensor(2.0))
+
+    # --- the loss ------------------------------------------------------------------------------------------
+
+    def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
+        """Compare prediction and target by ``loss_type``; see :func:`~ldm.models.diffusion.loss.distance`."""
+        return loss.distance(pred, target, self.loss_type, mean)
+
+    def p_losses(
+        self, x_start: Tensor, cond: Condition = None, t: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the training loss at given timesteps.
+
+        Args:
+            x_start: (B, C, H, W) clean samples.
+            cond: encoded condition.
+            t: int64 (B,); drawn if None.
+            noise: standard normals of x_start's shape; drawn if None.
+
+        Returns:
+            The loss, and what to log: ``loss_simple``, ``loss_vlb``, ``loss`` under ``train/`` or ``val/``.
+
+        Reference:
+            Ho et al. 2020, arXiv 2006.11239, algorithm 1; Rombach et al. 2022, arXiv 2112.10752, eq. 3.
+        """
+        t = self._random_timesteps(x_start) if t is None else t
+        noise = torch.randn_like(x_start) if noise is None else noise
+        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        target = gaussian_diffusion.training_target(self, self.parameterization, x_start, noise, t)
+        # float32 keeps small errors apart when the network runs in half precision.
+        errors = mean_flat(self.get_loss(output.float(), target.float(), mean=False))
+        parts = loss.combine(
+            errors, self.logvar[t], self.lvlb_weights[t], self.l_simple_weight, self.original_elbo_weight
+        )
+        prefix = "train" if self.training else "val"
+        logged = {f"{prefix}/loss_simple": parts.loss_simple.detach()}
+        if self.learn_logvar:
+            logged[f"{prefix}/loss_gamma"] = parts.loss_gamma.detach()
+            logged["logvar"] = self.logvar.detach().mean()
+        logged[f"{prefix}/loss_vlb"] = parts.loss_vlb.detach()
+        logged[f"{prefix}/loss"] = parts.loss.detach()
+        return parts.loss, logged
+
+    def _random_timesteps(self, x: Tensor) -> Tensor:
+        return torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device).long()
+
+    def forward(self, x: Tensor, exposures: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of clean samples at random timesteps; see :meth:`p_losses`.
+
+        Args:
+            x: (B, C, H, W).
+            exposures: int64 (B, 4): what timesteps and noise are drawn from; torch's generators if None.
+        """
+        t, noise = self._draw_timesteps_and_noise(x, exposures)
+        return self.p_losses(x, None, t, noise)
+
+    def _draw_timesteps_and_noise(self, x: Tensor, exposures: Tensor | None) -> tuple[Tensor, Tensor]:
+        if exposures is None:
+            return self._random_timesteps(x), torch.randn_like(x)
+        t = exposure.randint("timestep", exposures, self.num_timesteps)
+        noise = exposure.randn("noise", exposures, x.shape[1:])
+        return t.to(x.device, non_blocking=True), noise.to(x.device, non_blocking=True)
+
+    def get_input(self, batch: Batch, k: str) -> Any:
+        """Take pictures or maps from a batch: (B, H, W) or (B, H, W, C) -> float32 (B, C, H, W)."""
+        x = batch[k]
+        if x.ndim == 3:
+            x = x[..., None]
+        return rearrange(x, "b h w c -> b c h w").contiguous().float()
+
+    def shared_step(self, batch: Batch, exposures: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute a batch's loss and what to log."""
+        return self(self.get_input(batch, self.first_stage_key), exposures)
+
+    # --- Lightning -----------------------------------------------------------------------------------------
+
+    def _exposures(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Give the batch's exposure keys on the CPU; batches of foreign data sets get them by position."""
+        if "exposure" in batch:
+            return batch["exposure"].cpu()
+        size = len(batch[self.first_stage_key])
+        positions = torch.arange(size) + (self.global_rank << 32)
+        seed, epoch = (int(os.environ.get("PL_GLOBAL_SEED", "0")), self.current_epoch) if self.training else (0, 0)
+        return torch.stack([exposure.exposure_row(seed, epoch, batch_idx, int(position)) for position in positions])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute and log a batch's loss."""
+        value, logged = self.shared_step(batch, self._exposures(batch, batch_idx))
+        size = len(batch[self.first_stage_key])
+        self.log_dict(logged, logger=True, on_step=True, on_epoch=True, batch_size=size)
+        self.log("global_step", float(self.global_step), logger=True, on_step=True, on_epoch=False)
+        return value
+
+    @torch.no_grad()
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log a batch's loss with the live weights, and (suffix ``_ema``) with the averaged ones."""
+        self._log_evaluation(batch, batch_idx, "val")
+
+    @torch.no_grad()
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the figures of :meth:`validation_step` under ``test/``."""
+        self._log_evaluation(batch, batch_idx, "test")
+
+    def _log_evaluation(self, batch: Batch, batch_idx: int, prefix: str) -> None:
+        exposures = self._exposures(batch, batch_idx)
+        _, live = self.shared_step(batch, exposures)
+        averaged = live
+        if self.use_ema:
+            with self.ema_scope():
+                _, averaged = self.shared_step(batch, exposures)
+        named = {key.replace("val/", f"{prefix}/"): value for key, value in live.items()}
+        named |= {key.replace("val/", f"{prefix}/") + "_ema": value for key, value in averaged.items()}
+        size = len(batch[self.first_stage_key])
+        self.log_dict(named, logger=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Swap the averaged weights in for the time of a ``with`` block; nothing happens without EMA."""
+        if not self.use_ema:
+            yield
+            return
+        self.model_ema.store(self.model.parameters())
+        self.model_ema.copy_to(self.model)
+        try:
+            yield
+        finally:
+            self.model_ema.restore(self.model.parameters())
+
+    def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Give the parameters to train by part, in the order of the optimiser; parts without any are left out."""
+        parts = {"model": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}
+        if self.learn_logvar:
+            parts["logvar"] = [self.logvar]  # type: ignore[list-item]
+        return {name: parameters for name, parameters in parts.items() if parameters}
+
+    def configure_optimizers(self) -> Any:
+        """Build AdamW over the parts to train, and the learning-rate schedule.
+
+        One group at ``learning_rate``; with ``model_lr`` the network gets a group of its own.
+
+        Raises:
+            ValueError: nothing is to be trained.
+
+        Reference:
+            Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2.
+        """
+        parts = self.trained_parameters()
+        if not parts:
+            raise ValueError(
+                "nothing is to train: set model.params.unfreeze_model or model.params.cond_stage_trainable to True"
+            )
+        network = parts.pop("model", [])
+        rest = [parameter for group in parts.values() for parameter in group]
+        if self.model_lr is None:
+            groups: list[dict[str, Any]] = [{"params": network + rest}]
+        else:
+            groups = [{"params": network, "lr": self.model_lr}, {"params": rest}]
+            groups = [group for group in groups if group["params"]]
+        on_gpu = all(parameter.is_cuda for parameter in network + rest)
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.learning_rate, fused=True if on_gpu and self._may_fuse() else None
+        )
+        if self.scheduler_config is None:
+            return optimizer
+        schedule = instantiate_from_config(self.scheduler_config)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule.schedule)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
+
+    def _may_fuse(self) -> bool:
+        """Tell whether the fused optimiser can be used: it unscales by itself, so Lightning cannot clip before it."""
+        trainer = self._trainer
+        return trainer is None or trainer.precision != "16-mixed" or not trainer.gradient_clip_val
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take an optimiser step, then move the averaged weights towards the new ones."""
+        super().optimizer_step(*args, **kwargs)
+        if self.use_ema:
+            self.model_ema(self.model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store weights under the checkpoint's own keys, also from compiled modules."""
+        checkpoint["state_dict"] = without_wrapper_prefixes(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the keys back into the names that this module's wrappers give them."""
+        stored = checkpoint["state_dict"]
+        wrapped = {next(iter(without_wrapper_prefixes({key: 0}))): key for key in self.state_dict(keep_vars=True)}
+        checkpoint["state_dict"] = {wrapped.get(key, key): value for key, value in stored.items()}
+
+    @torch.no_grad()
+    def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
+        """Make the picture rows to look at; see :func:`ldm.models.diffusion.image_rows.pixel_rows`."""
+        return image_rows.pixel_rows(self, batch, N, **kwargs)
+
+
+class LatentDiffusion(DDPM):
+    """Diffusion on the latents of a first stage, under an encoded condition.
+
+    Args:
+        first_stage_config: ``{target, params}`` of the autoencoder; frozen.
+        cond_stage_config: ``{target, params}`` of the condition's encoder, or ``__is_first_stage__`` or
+            ``__is_unconditional__``.
+        num_timesteps_cond: levels of noise on the condition; 1 for none.
+        cond_stage_key: name of the condition in a batch.
+        cond_stage_trainable: train the condition's encoder.
+        concat_mode: where no ``conditioning_key`` is given, concatenate the condition instead of attending to it.
+        cond_stage_forward: method of the encoder to call, if not ``encode``.
+        conditioning_key: how conditions reach the network.
+        scale_factor: factor from the first stage's latents to the network's.
+        scale_by_std: take 1 / standard deviation of the first batch's latents as that factor.
+        ckpt_path, ignore_keys: weights to load, and prefixes of keys to pass over.
+        **kwargs: arguments of :class:`DDPM`.
+
+    Reference:
+        Rombach et al. 2022, arXiv 2112.10752.
+    """
+
+    scale_factor: Tensor | float
+    cond_ids: Tensor
+
+    def __init__(
+        self,
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
+        num_timesteps_cond: int | None = None,
+        cond_stage_key: str = "image",
+        cond_stage_trainable: bool = False,
+        concat_mode: bool = True,
+        cond_stage_forward: str | None = None,
+        conditioning_key: str | None = None,
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        if conditioning_key is None:
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        if cond_stage_config == "__is_unconditional__":
+            conditioning_key = None
+        super().__init__(conditioning_key=conditioning_key, **kwargs)
+        self.num_timesteps_cond = num_timesteps_cond or 1
+        if not 1 <= self.num_timesteps_cond <= self.num_timesteps:
+            raise ValueError(
+                f"model.params.num_timesteps_cond is {num_timesteps_cond}; it must be 1 to {self.num_timesteps}"
+            )
+        self.shorten_cond_schedule = self.num_timesteps_cond > 1
+        if self.shorten_cond_schedule:
+            cond_ids = condition_timesteps(self.num_timesteps, self.num_timesteps_cond)
+            self.register_buffer("cond_ids", cond_ids, persistent=False)
+        self.concat_mode = concat_mode
+        self.cond_stage_key = cond_stage_key
+        self.cond_stage_trainable = cond_stage_trainable
+        self.cond_stage_forward = cond_stage_forward
+        self.scale_by_std = scale_by_std
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+        else:
+            self.scale_factor = scale_factor
+
+        self.first_stage_model = instantiate_from_config(first_stage_config)
+        self.first_stage_model.requires_grad_(False)
+        if cond_stage_config == "__is_first_stage__":
+            self.cond_stage_model = self.first_stage_model
+        else:
+            self.cond_stage_model = instantiate_from_config(cond_stage_config)
+            if self.cond_stage_model is not None:
+                self.cond_stage_model.requires_grad_(cond_stage_trainable)
+        self.clip_denoised = False
+        self.restarted_from_ckpt = ckpt_path is not None
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        """Switch what is trained between training and evaluation; what is frozen stays in evaluation."""
+        super().train(mode)
+        self.first_stage_model.eval()
+        if self.cond_stage_model is not None and not self.cond_stage_trainable:
+            self.cond_stage_model.eval()
+        return self
+
+    # --- first stage ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> Any:
+        """Encode pictures (B, C, H, W) in [-1, 1] by the first stage: a posterior, or latents."""
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(self, encoder_posterior: Any, noise: Tensor | None = None) -> Tensor:
+        """Draw latents from a posterior (or take them as they are) and scale them for the network.
+
+        Args:
+            encoder_posterior: a posterior over latents, or latents (B, C, h, w).
+            noise: standard normals for the draw; drawn if None.
+
+        Returns:
+            (B, C, h, w).
+        """
+        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
+            z = encoder_posterior.sample(noise)
+        elif isinstance(encoder_posterior, Tensor):
+            z = encoder_posterior
+        else:
+            raise ValueError(f"the first stage encodes to {type(encoder_posterior).__name__}, which is not supported")
+        return self.scale_factor * z
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False) -> Tensor:
+        """Decode the network's latents (B, C, h, w) to pictures.
+
+        Args:
+            z: scaled latents.
+            predict_cids: refused: no model here predicts codebook ids.
+            force_not_quantize: decode vector-quantised latents as they are.
+        """
+        if predict_cids:
+            raise ValueError("predict_cids: models that predict codebook ids are not supported")
+        z = z / self.scale_factor
+        if force_not_quantize:
+            return self.first_stage_model.decode(z, force_not_quantize=True)
+        return self.first_stage_model.decode(z)
+
+    # --- condition -----------------------------------------------------------------------------------------
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """Encode a condition: captions, labels or maps, as the encoder takes them."""
+        encoder: Any = self.cond_stage_model
+        if self.cond_stage_forward is not None:
+            return getattr(encoder, self.cond_stage_forward)(c)
+        encoded = encoder.encode(c) if callable(getattr(encoder, "encode", None)) else encoder(c)
+        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def get_input(
+        self,
+        batch: Batch,
+        k: str,
+        return_first_stage_outputs: bool = False,
+        force_c_encode: bool = False,
+        cond_key: str | None = None,
+        return_original_cond: bool = False,
+        bs: int | None = None,
+        exposures: Tensor | None = None,
+        return_pictures: bool = False,
+    ) -> list[Any]:
+        """Turn a batch into latents and condition.
+
+        Args:
+            batch: pictures (B, H, W, C) in [-1, 1] under ``k``, and the condition.
+            k: name of the pictures.
+            return_first_stage_outputs: also return pictures and reconstructions.
+            force_c_encode: encode the condition also where its encoder is trained (which the loss then does).
+            cond_key: name of the condition, ``cond_stage_key`` if None.
+            return_original_cond: also return the condition as the batch has it.
+            bs: use only the first ``bs`` entries.
+            exposures: int64 (B, 4): what the latents are drawn from; torch's generators if None.
+            return_pictures: also return the pictures, without reconstructions.
+
+        Returns:
+            ``[z, c]``, then ``x, x_rec`` or ``x``, then ``xc``, as asked for.
+        """
+        x = super().get_input(batch, k)[:bs].to(self.device)
+        posterior = self.encode_first_stage(x)
+        noise = None
+        if exposures is not None and isinstance(posterior, DiagonalGaussianDistribution):
+            noise = exposure.randn("posterior", exposures[:bs], posterior.mean.shape[1:]).to(
+                x.device, non_blocking=True
+            )
+        z = self.get_first_stage_encoding(posterior, noise).detach()
+
+        c = xc = None
+        if self.model.conditioning_key is not None:
+            xc = self._original_condition(batch, cond_key or self.cond_stage_key, x, bs)
+            c = xc if self.cond_stage_trainable and not force_c_encode else self.get_learned_conditioning(xc)
+        out = [z, c]
+        if return_first_stage_outputs:
+            out += [x, self.decode_first_stage(z)]
+        elif return_pictures:
+            out.append(x)
+        if return_original_cond:
+            out.append(xc)
+        return out
+
+    def _original_condition(self, batch: Batch, key: str, x: Tensor, bs: int | None) -> Any:
+        if key == self.first_stage_key:
+            return x
+        if key in ("caption", "coordinates_bbox", "txt"):
+            return batch[key][:bs]
+        if key == "class_label":
+            return {
+                name: value[:bs] if bs is not None and hasattr(value, "__getitem__") else value
+                for name, value in batch.items()
+            }
+        return DDPM.get_input(self, batch, key)[:bs].to(self.device)
+
+    # --- loss ----------------------------------------------------------------------------------------------
+
+    def shared_step(self, batch: Batch, exposures: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute a batch's loss and what to log."""
+        z, c = self.get_input(batch, self.first_stage_key, exposures=exposures)
+        return self(z, c, exposures)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, c: Condition = None, exposures: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of latents at random timesteps; see :meth:`p_losses`.
+
+        Args:
+            x: (B, C, h, w) scaled latents.
+            c: the condition; not yet encoded where its encoder is trained.
+            exposures: int64 (B, 4): what timesteps and noise are drawn from; torch's generators if None.
+        """
+        t, noise = self._draw_timesteps_and_noise(x, exposures)
+        if self.model.conditioning_key is not None:
+            if self.cond_stage_trainable:
+                c = self.get_learned_conditioning(c)
+            c = self._noised_condition(c, t, exposures)
+        return self.p_losses(x, c, t, noise)
+
+    def _noised_condition(self, cond: Condition, t: Tensor, exposures: Tensor | None = None) -> Condition:
+        """Noise the condition to the timestep that ``num_timesteps_cond`` assigns to each t."""
+        if not self.shorten_cond_schedule:
+            return cond
+        if exposures is None:
+            noise = torch.randn_like(cond.float())
+        else:
+            noise = exposure.randn("condition_noise", exposures, cond.shape[1:]).to(cond.device, non_blocking=True)
+        return self.q_sample(cond, self.cond_ids[t], noise)
+
+    @torch.no_grad()
+    def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
+        """Make the picture rows to look at; see :func:`ldm.models.diffusion.image_rows.latent_rows`."""
+        return image_rows.latent_rows(self, batch, N, **kwargs)
+
+    def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Give the parameters to train by part: the network, the condition's encoder, the log-variances."""
+        parts = super().trained_parameters()
+        if self.cond_stage_trainable and self.cond_stage_model is not None:
+            logvar = parts.pop("logvar", None)
+            parts["cond_stage_model"] = [p for p in self.cond_stage_model.parameters() if p.requires_grad]
+            if logvar:
+                parts["logvar"] = logvar
+        return {name: parameters for name, parameters in parts.items() if parameters}
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the latents' scale on the very first batch, where ``scale_by_std`` asks for it."""
+        first = self.global_step == 0 and self.current_epoch == 0 and batch_idx == 0
+        if not (self.scale_by_std and first and not self.restarted_from_ckpt):
+            return
+        if isinstance(self.scale_factor, Tensor):
+            if float(self.scale_factor) != 1.0:
+                raise ValueError("model.params: give scale_factor or scale_by_std, not both")
+            x = DDPM.get_input(self, batch, self.first_stage_key).to(self.device)
+            posterior = self.encode_first_stage(x)
+            z = self.get_first_stage_encoding(posterior).detach()
+            self.scale_factor.copy_(1.0 / z.flatten().std())
