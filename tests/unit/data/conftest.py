@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 
-
 @pytest.fixture
 def make_root(tmp_path: Path) -> Callable[..., Path]:
     """Write a data root of small noise pictures from relative names, and return it."""

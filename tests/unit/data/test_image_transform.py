@@ -62,9 +62,7 @@ def test_without_a_size_nothing_is_resized(tmp_path: Path) -> None:
 
 def test_a_center_crop_gives_the_recorded_values(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", RECORDED["src/small_5x7"])
-    np.testing.assert_array_equal(
-        transformed(path, None, "center_crop"), RECORDED["resize/small_center_crop_none"]
-    )
+    np.testing.assert_array_equal(transformed(path, None, "center_crop"), RECORDED["resize/small_center_crop_none"])
 
 
 def test_a_reduced_center_crop_is_near_the_recorded_values(tmp_path: Path) -> None:
@@ -118,9 +116,7 @@ def test_values_are_exactly_value_over_127_5_minus_1_in_float32(tmp_path: Path) 
         (8, np.rot90(GRADIENT, 1)),
     ],
 )
-def test_the_exif_orientation_is_applied(
-    tmp_path: Path, orientation: int, upright: npt.NDArray[np.uint8]
-) -> None:
+def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int, upright: npt.NDArray[np.uint8]) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / "a.png", GRADIENT, exif=exif.tobytes())
@@ -186,7 +182,7 @@ def test_the_content_decides_the_format_and_not_the_suffix(tmp_path: Path) -> No
 
 
 def test_an_unknown_interpolation_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="interpolation 'nearest' is unknown.*linear, bilinear, bicubic, lanczos"):
+    with pytest.raises(ValueError, match=r"interpolation 'nearest' is unknown.*linear, bilinear, bicubic, lanczos"):
         resample_filter("nearest")
 
 
