@@ -275,10 +275,10 @@ def test_ranks_share_an_epoch_and_the_repeated_exposures_are_told(root: Root, ca
     for rank in range(2):
         module = build(root)
         module.trainer = OnRanks(2, rank)  # type: ignore[assignment]
-        loader = module.train_dataloader()
-        loader.progress = None
         with caplog.at_level(logging.INFO):
-            shares.append([tuple(row) for batch in loader for row in batch["exposure"].tolist()])
+            loader = module.train_dataloader()
+        loader.progress = None
+        shares.append([tuple(row) for batch in loader for row in batch["exposure"].tolist()])
     assert [len(share) for share in shares] == [8, 8]
     assert len(set(shares[0]) | set(shares[1])) == 15
     assert "15 exposures do not divide among 2 devices; 1 of them are shown twice" in caplog.text

@@ -17,6 +17,12 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert len({tuple(order) for order in orders}) == 4
 
 
+def test_the_order_is_the_one_that_earlier_versions_drew() -> None:
+    # Runs that were saved in mid-epoch rely on it.
+    assert EpochSampler(10, seed=23).indices(0) == [9, 7, 4, 2, 0, 1, 8, 3, 6, 5]
+    assert EpochSampler(10, seed=23).indices(1) == [0, 7, 4, 3, 2, 5, 6, 1, 8, 9]
+
+
 def test_the_order_does_not_touch_or_need_the_global_generator() -> None:
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
