@@ -1,0 +1,128 @@
+"""How a run's checkpoint files reach the disk and come back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from ldm.checkpoint import read_checkpoint
+
+
+class StreamingCheckpointIO(CheckpointIO):
+    """Writes checkpoints tensor by tensor to a neighbouring file, then renames it into place.
+
+    Lightning's own writer serialises into memory and copies that once more, which for a 12 GB
+    checkpoint takes 24 GB of host memory. The rename is atomic, so that whatever ends the process, a
+    name in ``checkpoints/`` either holds a whole file or the whole previous one.
+    """
+
+    def __init__(self) -> None:
+        self.newest_path: Path | None = None
+        """The file that was written last in this process."""
+        self.newest_loops: Mapping[str, Any] | None = None
+        """The fit loop's progress inside that file."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: what Lightning gathered: weights, optimiser, loops.
+            path: the file's name in the end; its folder is made if it is missing.
+            storage_options: not supported, must be None.
+
+        Raises:
+            OSError: if the file cannot be written, naming it.
+        """
+        if storage_options is not None:
+            raise ValueError("storage_options are not supported: checkpoints are files on a local disk")
+        target = Path(path)
+        partial = _partial_name(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, target)
+        except BaseException as error:
+            _remove_quietly(partial)
+            # torch reports a full disk as a RuntimeError of its file writer.
+            if isinstance(error, (OSError, RuntimeError)):
+                raise OSError(f"could not write the checkpoint {target}: {error}") from error
+            raise
+        self.newest_path = target
+        self.newest_loops = checkpoint.get("loops", {}).get("fit_loop")
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU, safely: no file can run code.
+
+        Args:
+            path: the file.
+            map_location: ignored; tensors arrive on the CPU and are copied into place from there.
+            weights_only: ignored; reading is always restricted to tensors and plain values.
+
+        Returns:
+            The checkpoint's dictionary.
+
+        Raises:
+            ValueError: if the file is damaged or no checkpoint.
+            OSError: if it cannot be opened.
+        """
+        return read_checkpoint(os.fspath(path))
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Delete a checkpoint that dropped out of the best few.
+
+        Args:
+            path: the file; nothing happens if it is gone already.
+        """
+        Path(path).unlink(missing_ok=True)
+
+    def duplicate(self, source: Path, target: Path) -> None:
+        """Give a written checkpoint a second name.
+
+        A hard link where the file system has them: it takes no room and no time, and unlike a symbolic
+        link it survives being moved out of the run folder. A copy elsewhere.
+
+        Args:
+            source: an existing checkpoint.
+            target: the second name; an existing file of that name is replaced.
+
+        Raises:
+            OSError: if neither a link nor a copy can be made.
+        """
+        partial = _partial_name(target)
+        partial.unlink(missing_ok=True)
+        try:
+            try:
+                os.link(source, partial)
+            except OSError:
+                shutil.copyfile(source, partial)
+            os.replace(partial, target)
+        except BaseException:
+            _remove_quietly(partial)
+            raise
+
+
+def _partial_name(target: Path) -> Path:
+    """Name the file that is written before it takes the target's place."""
+    return target.with_name(target.name + ".partial")
+
+
+def _remove_quietly(path: Path) -> None:
+    """Delete a half-written file while another exception is on its way up."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        # The exception in flight is the one to show; the next save replaces the leftover.
+        return
