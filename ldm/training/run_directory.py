@@ -1,0 +1,193 @@
+"""The folder that a run lives in: its name, its parts, and how to find it again."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path, PureWindowsPath
+from typing import Final
+
+STAMP_FORMAT: Final = "%Y-%m-%dT%H-%M-%S"
+LAST_CHECKPOINT: Final = "last.ckpt"
+NOT_IN_FILE_NAMES: Final = '<>:"/\\|?*'
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One run's folder.
+
+    Attributes:
+        path: the folder.
+        stamp: when this session of the run began, as in file names.
+    """
+
+    path: Path
+    stamp: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoint files."""
+        return self.path / "checkpoints"
+
+    @property
+    def configs(self) -> Path:
+        """Folder of the merged configurations, one for each session of the run."""
+        return self.path / "configs"
+
+    @property
+    def images(self) -> Path:
+        """Folder of the sample pictures, by split."""
+        return self.path / "images"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint to continue from."""
+        return self.checkpoints / LAST_CHECKPOINT
+
+    @property
+    def config_file(self) -> Path:
+        """This session's merged configuration, itself a valid ``--base``."""
+        return self.configs / f"{self.stamp}-project.yaml"
+
+    def check_writable(self) -> None:
+        """Try, before anything costly is done, whether the folder can be made and written to.
+
+        Raises:
+            OSError: if not, with the reason.
+        """
+        # A folder that does not exist yet is tried in the nearest one that does, so that nothing is left behind.
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        try:
+            if not place.is_dir():
+                raise NotADirectoryError(f"{place} is a file")
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"cannot write the run folder {self.path}: {error.strerror or error}"
+                " (choose another place with --logdir, or free this one)"
+            ) from error
+
+    def create(self) -> None:
+        """Make the folder and its parts; what exists stays.
+
+        Raises:
+            OSError: if that fails, with the reason.
+        """
+        try:
+            for folder in (self.checkpoints, self.configs, self.images):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"cannot make the run folder {self.path}: {error.strerror or error}"
+                " (choose another place with --logdir)"
+            ) from error
+
+
+def new_run_directory(
+    logdir: str,
+    data_root: str | None,
+    name: str | None,
+    postfix: str,
+    datadir_in_name: bool,
+    bases: Sequence[str],
+    now: datetime,
+) -> RunDirectory:
+    """Name the folder of a new run: ``<data folder><date and time>_<name><postfix>``.
+
+    Args:
+        logdir: folder of all runs.
+        data_root: folder of the training pictures; its last part comes first in the name.
+        name: what the user calls the run; without one the first configuration file's name is taken.
+        postfix: text to end the name with.
+        datadir_in_name: whether the data folder's name is part of it.
+        bases: the configuration files.
+        now: the time.
+
+    Returns:
+        A folder that does not exist yet; nothing is written.
+
+    Raises:
+        ValueError: if a part holds characters that file names may not have.
+    """
+    for flag, text in (("-n/--name", name or ""), ("-f/--postfix", postfix)):
+        bad = sorted({character for character in text if character in NOT_IN_FILE_NAMES or ord(character) < 32})
+        if bad:
+            raise ValueError(f"{flag} {text!r}: {' '.join(bad)} cannot be part of a folder name")
+    stamp = now.strftime(STAMP_FORMAT)
+    called = name or (last_part(bases[0]).rpartition(".")[0] or last_part(bases[0]) if bases else "")
+    folder = (
+        (last_part(data_root) if datadir_in_name and data_root else "") + stamp + (f"_{called}" if called else "")
+    ) + postfix
+    path = Path(logdir) / folder
+    number = 2
+    while path.exists():
+        path = Path(logdir) / f"{folder}-{number}"
+        number += 1
+    return RunDirectory(path, stamp)
+
+
+def find_run(resume: str, now: datetime) -> tuple[RunDirectory, Path]:
+    """Find the run folder and the checkpoint that ``--resume`` means.
+
+    Args:
+        resume: a run folder, its ``checkpoints`` folder, or a checkpoint inside it.
+        now: the time, for this session's file names.
+
+    Returns:
+        The run's folder, and the checkpoint: the given one, else ``last.ckpt``, else the newest.
+
+    Raises:
+        OSError: if the path does not exist.
+        ValueError: if it holds no checkpoint, or is a file outside a run folder.
+    """
+    given = Path(resume)
+    if not given.exists():
+        raise FileNotFoundError(f"--resume {resume}: no such file or folder")
+    if given.is_file():
+        run = given.resolve().parent.parent
+        if given.resolve().parent.name != "checkpoints" or not (run / "configs").is_dir():
+            raise ValueError(
+                f"--resume {resume}: not inside a run folder (<run>/checkpoints/, beside <run>/configs/);"
+                " to start a new run from these weights, use --actual_resume"
+            )
+        checkpoint = given
+    else:
+        is_inner = given.resolve().name == "checkpoints" and (given.resolve().parent / "configs").is_dir()
+        run = given.resolve().parent if is_inner else given
+        checkpoint = _newest_checkpoint(run, resume)
+    return RunDirectory(run, now.strftime(STAMP_FORMAT)), checkpoint
+
+
+def last_part(path: str) -> str:
+    r"""Take the last part of a path that was written with slashes or back slashes, on any system.
+
+    Args:
+        path: a path, such as ``training_samples\MyProject``.
+
+    Returns:
+        The file's or folder's own name; for ``.`` and the like the name of the folder that it stands for.
+    """
+    name = PureWindowsPath(path).name
+    if name in ("", ".", ".."):
+        name = Path(path).resolve().name
+    return re.sub(f"[{re.escape(NOT_IN_FILE_NAMES)}]", "_", name)
+
+
+def _newest_checkpoint(run: Path, resume: str) -> Path:
+    """Choose the checkpoint to continue a run folder from."""
+    last = run / "checkpoints" / LAST_CHECKPOINT
+    if last.is_file():
+        return last
+    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(
+            f"--resume {resume}: no checkpoint (*.ckpt) in {run / 'checkpoints'};"
+            " name a run folder under logs/, or start anew with --actual_resume and a checkpoint file"
+        )
+    return found[-1]
