@@ -1,0 +1,238 @@
+"""What a run is about to do, in one block of text before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import pytorch_lightning as pl
+from torch import nn
+
+PART_NAMES: Final = {"model": "UNet", "first_stage_model": "VAE", "cond_stage_model": "text encoder"}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How many steps a run takes.
+
+    Attributes:
+        training: batches in an epoch, on each device.
+        validation: batches in a validation, on each device; 0 without one.
+        accumulate: batches gathered for one optimiser step.
+        epochs: epochs that the run is limited to, or None.
+        max_steps: optimiser steps that the run is limited to, or None.
+    """
+
+    training: int
+    validation: int
+    accumulate: int
+    epochs: int | None
+    max_steps: int | None
+
+    @property
+    def optimiser(self) -> int:
+        """Optimiser steps in an epoch; the last may gather fewer batches."""
+        return math.ceil(self.training / self.accumulate)
+
+    @property
+    def total(self) -> int | None:
+        """Optimiser steps of the whole run, or None if nothing limits it."""
+        limits = [self.max_steps] if self.max_steps is not None else []
+        if self.epochs is not None:
+            limits.append(self.epochs * self.optimiser)
+        return min(limits, default=None)
+
+
+def limited_batches(batches: int, limit: int | float | None) -> int:
+    """Apply Lightning's ``limit_train_batches`` and ``limit_val_batches``.
+
+    Args:
+        batches: how many there are.
+        limit: a number of batches (int), a share of them (float), or None for all.
+
+    Returns:
+        How many will be used.
+    """
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def plan_steps(trainer: pl.Trainer, training_batches: int, validation_batches: int) -> StepPlan:
+    """Work out the steps of a run from its trainer's limits.
+
+    Args:
+        trainer: the trainer, not started yet.
+        training_batches: batches of the training set, on each device.
+        validation_batches: batches of the validation set, on each device.
+
+    Returns:
+        The plan.
+    """
+    overfit = getattr(trainer, "overfit_batches", 0) or None
+    return StepPlan(
+        training=limited_batches(training_batches, overfit if overfit is not None else trainer.limit_train_batches),
+        validation=limited_batches(validation_batches, overfit if overfit is not None else trainer.limit_val_batches),
+        accumulate=trainer.accumulate_grad_batches,
+        epochs=trainer.max_epochs if trainer.max_epochs not in (None, -1) else None,
+        max_steps=trainer.max_steps if trainer.max_steps != -1 else None,
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model, with its parameters counted.
+
+    Attributes:
+        name: in the field's words.
+        trained: parameters that will change.
+        frozen: parameters that will not.
+    """
+
+    name: str
+    trained: int
+    frozen: int
+
+
+def model_parts(model: nn.Module) -> list[Part]:
+    """Count the parameters of a model's direct children, and of the model itself.
+
+    Args:
+        model: the model, ready to be trained.
+
+    Returns:
+        The parts that have parameters, each parameter in one part.
+    """
+    seen: set[int] = set()
+    parts = []
+    for name, child in [*model.named_children(), ("other parameters", model)]:
+        trained = frozen = 0
+        for parameter in child.parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if parameter.requires_grad:
+                trained += parameter.numel()
+            else:
+                frozen += parameter.numel()
+        if trained or frozen:
+            parts.append(Part(PART_NAMES.get(name, name), trained, frozen))
+    return parts
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What the start summary states.
+
+    Attributes:
+        run_folder: where everything goes.
+        weights: where the weights came from.
+        images: pictures by subfolder; empty for data sets that do not say.
+        training_set: what the training set is called where it does not list pictures.
+        repeats: how often an epoch shows each picture; None for data sets without repeats.
+        left_out: files that are not used.
+        batch_size: pictures in a batch of one device.
+        devices: how many devices, of which kind.
+        precision: Lightning's name of the number formats.
+        learning_rates: the arithmetic of each.
+        plan: steps.
+        parts: the model's parts.
+        seed: the run's seed.
+        notes: further lines.
+    """
+
+    run_folder: str
+    weights: str
+    images: Mapping[str, int]
+    training_set: str
+    repeats: int | None
+    left_out: Sequence[str]
+    batch_size: int
+    devices: str
+    precision: str
+    learning_rates: Sequence[str]
+    plan: StepPlan
+    parts: Sequence[Part]
+    seed: int
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def lines(self) -> list[str]:
+        """Write the summary.
+
+        Returns:
+            Its lines, without line ends.
+        """
+        return [*self._data_lines(), *self._step_lines(), *self._model_lines(), f"run folder: {self.run_folder}"]
+
+    def _data_lines(self) -> list[str]:
+        """The pictures."""
+        lines = []
+        if self.images:
+            total = sum(self.images.values())
+            lines.append(f"images: {total} in {_plural(len(self.images), 'folder')}")
+            width = max(map(len, self.images))
+            lines += [f"    {folder:<{width}}  {count}" for folder, count in self.images.items()]
+        else:
+            lines.append(f"training set: {self.training_set}")
+        if self.left_out:
+            lines.append(f"left out: {_plural(len(self.left_out), 'file')}: {', '.join(self.left_out)}")
+        if self.repeats is not None:
+            lines.append(f"repeats: {self.repeats}")
+        return lines
+
+    def _step_lines(self) -> list[str]:
+        """Batches, steps and learning rate."""
+        plan = self.plan
+        lines = [f"batch size: {self.batch_size}"]
+        if plan.accumulate > 1:
+            lines.append(f"accumulation: {plan.accumulate} batches for one optimiser step")
+        lines += [f"devices: {self.devices}", f"precision: {self.precision}"]
+        lines += [f"learning rate: {text}" for text in self.learning_rates]
+        lines += [
+            f"training steps per epoch: {plan.training}",
+            f"validation steps per epoch: {plan.validation}",
+        ]
+        if plan.accumulate > 1:
+            lines.append(f"optimiser steps per epoch: {plan.optimiser}")
+        limits = []
+        if plan.epochs is not None:
+            limits.append(_plural(plan.epochs, "epoch"))
+        if plan.max_steps is not None:
+            limits.append(f"at most {_plural(plan.max_steps, 'optimiser step')}")
+        total = f" = {_plural(plan.total, 'optimiser step')}" if plan.total is not None else ""
+        lines.append(f"length of the run: {', '.join(limits) or 'until it is stopped'}{total}")
+        lines.append(f"seed: {self.seed}")
+        return lines
+
+    def _model_lines(self) -> list[str]:
+        """The model's parts and weights."""
+        trained = [f"{part.name} {part.trained:,}" for part in self.parts if part.trained]
+        frozen = [f"{part.name} {part.frozen:,}" for part in self.parts if part.frozen]
+        return [
+            f"trained parameters: {' + '.join(trained) or 'none'}",
+            f"frozen parameters: {' + '.join(frozen) or 'none'}",
+            f"weights: {self.weights}",
+            *self.notes,
+        ]
+
+
+def describe_training_set(dataset: Any) -> tuple[Mapping[str, int], int | None, Sequence[str]]:
+    """Read what a training set says of itself.
+
+    Args:
+        dataset: ``EveryDreamBatch``, or any other data set.
+
+    Returns:
+        Pictures by folder, repeats, and files left out; empty or None where the data set does not say.
+    """
+    folders = getattr(dataset, "folder_counts", None) or {}
+    repeats = getattr(dataset, "repeats", None)
+    left_out = [*(getattr(dataset, "left_out", None) or ()), *(getattr(dataset, "skipped", None) or ())]
+    return folders, repeats, left_out
+
+
+def _plural(count: int, noun: str) -> str:
+    """Write a number with its noun."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
