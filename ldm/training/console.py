@@ -1,0 +1,79 @@
+"""Where the run's messages go: plain lines on standard output, above a progress bar if there is one."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TextIO
+
+from tqdm import tqdm
+
+LIGHTNING_LOGGERS: Final = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
+
+# Each is said by Lightning of something that this trainer decides or handles itself.
+SETTLED_WARNINGS: Final = (
+    r".*does not have many workers which may be a bottleneck.*",
+    r".*Consider setting `persistent_workers=True`.*",
+    r".*Found \d+ module\(s\) in eval mode at the start of training.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*smaller than the logging interval Trainer\(log_every_n_steps.*",
+    r".*You're resuming from a checkpoint that ended before the epoch ended.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*Trying to infer the `batch_size` from an ambiguous collection.*",
+    r".*GPU available but not used.*",
+)
+
+
+class ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Writes records to whatever standard output is at the time, without tearing a progress bar apart."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self.setFormatter(_LevelFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        self.stream = sys.stdout
+        with tqdm.external_write_mode(file=sys.stdout):
+            super().emit(record)
+
+
+class _LevelFormatter(logging.Formatter):
+    """The message alone; its level in front of it from warnings up."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+@contextmanager
+def console(rank: int, debug: bool) -> Iterator[None]:
+    """Show the project's log records while a run lasts.
+
+    Args:
+        rank: this process's number among those of the run; only number 0 reports progress.
+        debug: show also what Lightning says and the settled warnings.
+
+    Yields:
+        Nothing.
+    """
+    handler = ConsoleHandler()
+    ours = logging.getLogger("ldm")
+    levels: dict[str, Any] = {name: logging.getLogger(name).level for name in ("ldm", *LIGHTNING_LOGGERS)}
+    ours.addHandler(handler)
+    ours.setLevel(logging.ERROR if rank else logging.DEBUG if debug else logging.INFO)
+    with warnings.catch_warnings():
+        if not debug:
+            for name in LIGHTNING_LOGGERS:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            for message in SETTLED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            ours.removeHandler(handler)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
