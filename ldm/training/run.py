@@ -1,0 +1,309 @@
+"""The table of contents of a run: from a command line to a trained checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import pdb
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from ldm.checkpoint import load_weights, read_weights
+from ldm.training.callbacks import Beginning
+from ldm.training.cli import Options, parse_options
+from ldm.training.config import format_config, load_run_config
+from ldm.training.console import console
+from ldm.training.learning_rate import scaled_learning_rate
+from ldm.training.run_directory import RunDirectory, find_run, new_run_directory
+from ldm.training.stop_signals import Interrupted, StopSignals
+from ldm.training.summary import RunSummary, describe_training_set, model_parts, plan_steps
+from ldm.training.trainer import build_trainer
+from ldm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+DONE: Final = 0
+FAILED: Final = 1
+USER_ERROR: Final = 2
+
+OUT_OF_MEMORY_WORDS: Final = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+
+
+class TrainingError(Exception):
+    """Carries up, as its cause, what went wrong inside the training loop.
+
+    Before training begins a ValueError is the user's to put right, and its message is enough; inside the
+    loop it need not be, and the traceback is wanted.
+    """
+
+
+@dataclass
+class Run:
+    """What belongs together while a run lasts.
+
+    Attributes:
+        config: the merged configuration as plain containers.
+        directory: the run's folder.
+        checkpoint: the checkpoint to continue from, or None for a new run.
+        signals: the run's stop signals.
+    """
+
+    config: dict[str, Any]
+    directory: RunDirectory
+    checkpoint: Path | None
+    signals: StopSignals
+
+    @property
+    def said(self) -> Mapping[str, Any]:
+        """What the command line said."""
+        section: Mapping[str, Any] = self.config["run"]
+        return section
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what a command line asks for.
+
+    Args:
+        argv: the words after ``main.py``; None takes the process's own.
+
+    Returns:
+        The exit status: 0 done; 1 an unexpected failure, with its traceback; 2 something that the user can
+        put right, with a line for each problem; 130 and 143 ended by Ctrl-C and SIGTERM.
+    """
+    try:
+        options = parse_options(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        return _report(error)
+    with console(getattr(rank_zero_only, "rank", 0), options.debug), StopSignals() as signals:
+        try:
+            _run(options, signals)
+        except Interrupted as stop:
+            logger.warning("%s", stop)
+            return stop.exit_code
+        except Exception as error:  # noqa: BLE001 - the one place that decides how a failure is shown
+            return _report(error, options.debug)
+    return DONE
+
+
+def _run(options: Options, signals: StopSignals) -> None:
+    """Go through a run from its configuration to its end."""
+    run_config = load_run_config(options)
+    if options.print_config:
+        logger.info("%s", format_config(run_config))
+        return
+    for notice in run_config.notices:
+        logger.info("note: %s", notice)
+    config: dict[str, Any] = OmegaConf.to_container(run_config.config, resolve=True)  # type: ignore[assignment]
+    run = Run(config, *_choose_directory(options, config["run"]), signals)
+    run.directory.check_writable()
+    pl.seed_everything(run.said["seed"], workers=True, verbose=False)
+
+    trainer = _build_trainer(run)
+    data = _build_data(run)
+    weights, source = _read_weights(run)
+    model = _build_model(run, weights, source)
+    rates = _set_learning_rates(run, trainer, model)
+    summary = _summarise(run, trainer, data, model, source, rates)
+
+    if trainer.is_global_zero:
+        run.directory.create()
+        OmegaConf.save(run_config.config, run.directory.config_file)
+    for line in summary.lines():
+        logger.info("%s", line)
+
+    _fit(run, trainer, model, data)
+    _test(run, trainer, model, data)
+    _report_end(run, trainer)
+
+
+def _choose_directory(options: Options, said: Mapping[str, Any]) -> tuple[RunDirectory, Path | None]:
+    """Find the folder of the run to continue, or name a new one."""
+    now = datetime.now()
+    if options.resume:
+        return find_run(options.resume, now)
+    directory = new_run_directory(
+        logdir=said["logdir"],
+        data_root=said.get("data_root"),
+        name=said.get("name"),
+        postfix=said.get("postfix") or "",
+        datadir_in_name=said["datadir_in_name"],
+        bases=options.base,
+        now=now,
+    )
+    return directory, None
+
+
+def _build_trainer(run: Run) -> pl.Trainer:
+    """Build the trainer, which also finds out whether the devices are there."""
+    data_params = run.config["data"].get("params") or {}
+    return build_trainer(
+        run.config.get("lightning") or {},
+        run.directory,
+        run.signals,
+        batch_size=data_params["batch_size"],
+        monitor=(run.config["model"].get("params") or {}).get("monitor"),
+        validates="validation" in data_params,
+    )
+
+
+def _build_data(run: Run) -> Any:
+    """Build and check the data sets, before anything that takes long."""
+    data = instantiate_from_config(run.config["data"])
+    data.setup("fit")
+    if "train" not in data.datasets:
+        raise ValueError("data.params.train is missing: give it target: ldm.data.every_dream.EveryDreamBatch")
+    return data
+
+
+def _read_weights(run: Run) -> tuple[dict[str, Tensor] | None, str]:
+    """Read the weights that a new run starts from, and say where they come from."""
+    if run.checkpoint is not None:
+        return None, f"{run.checkpoint} (continuing the run: weights, optimiser, epoch and step)"
+    path = run.said.get("actual_resume")
+    if not path:
+        return None, "random weights (no --actual_resume was given)"
+    return read_weights(path), path
+
+
+def _build_model(run: Run, weights: dict[str, Tensor] | None, source: str) -> pl.LightningModule:
+    """Build the model, and load its weights."""
+    model: pl.LightningModule = instantiate_from_config(run.config["model"])
+    if weights is not None:
+        load_weights(model, weights, source=source)
+    return model
+
+
+def _set_learning_rates(run: Run, trainer: pl.Trainer, model: Any) -> list[str]:
+    """Give the model its learning rates, and explain them."""
+    scale = bool(run.said.get("scale_lr"))
+    factors = {
+        "scale": scale,
+        "accumulate": trainer.accumulate_grad_batches,
+        "devices": trainer.world_size,
+        "batch_size": run.config["data"]["params"]["batch_size"],
+    }
+    rate = scaled_learning_rate(run.config["model"]["base_learning_rate"], **factors)
+    model.learning_rate = rate.value
+    explained = [rate.arithmetic]
+    if getattr(model, "model_lr", None):
+        model_rate = scaled_learning_rate(model.model_lr, **factors, key="model_lr")
+        model.model_lr = model_rate.value
+        explained.append(model_rate.arithmetic)
+    return explained
+
+
+def _summarise(
+    run: Run, trainer: pl.Trainer, data: Any, model: pl.LightningModule, source: str, rates: Sequence[str]
+) -> RunSummary:
+    """Gather what the start summary states."""
+    training_set = data.datasets["train"]
+    images, repeats, left_out = describe_training_set(training_set)
+    devices = trainer.world_size
+
+    def batches(split: str) -> int:
+        return data.steps_per_epoch(split, devices) if split in data.datasets else 0
+
+    return RunSummary(
+        run_folder=str(run.directory.path),
+        weights=source,
+        images=images,
+        training_set=f"{type(training_set).__name__}, {len(training_set)} items",
+        repeats=repeats,
+        left_out=left_out,
+        batch_size=run.config["data"]["params"]["batch_size"],
+        devices=f"{devices} x {trainer.strategy.root_device.type}",
+        precision=str(trainer.precision),
+        learning_rates=rates,
+        plan=plan_steps(trainer, batches("train"), batches("validation")),
+        parts=model_parts(model),
+        seed=run.said["seed"],
+    )
+
+
+def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -> None:
+    """Train."""
+    begin = next(callback for callback in trainer.callbacks if isinstance(callback, Beginning))  # type: ignore[attr-defined]
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=run.checkpoint)
+    except Exception as error:
+        if run.signals.requested is not None:
+            # Ctrl-C ends the loader processes too, and their absence is an error to whoever awaits a batch.
+            logger.warning("while stopping: %s: %s", type(error).__name__, str(error).partition("\n")[0])
+            raise Interrupted(run.signals.requested) from error
+        if _is_out_of_memory(error):
+            raise MemoryError(_out_of_memory_advice(run, error)) from error
+        if isinstance(error, (OSError, MisconfigurationException)) or not begin.has_begun:
+            raise
+        raise TrainingError(f"training failed at step {trainer.global_step}") from error
+    if run.checkpoint is not None and not begin.has_begun:
+        logger.warning(
+            "nothing is left to train: %s is at the end of its run (step %d);"
+            " raise lightning.trainer.max_epochs (or max_steps) to go on",
+            run.checkpoint,
+            trainer.global_step,
+        )
+
+
+def _test(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -> None:
+    """Measure the test set, if there is one and it is wanted."""
+    if run.said.get("no_test") or "test" not in data.datasets:
+        return
+    for metrics in trainer.test(model, datamodule=data, verbose=False):
+        logger.info("test: %s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+
+def _report_end(run: Run, trainer: pl.Trainer) -> None:
+    """Say where everything is."""
+    logger.info("finished after %d optimiser steps", trainer.global_step)
+    if run.directory.last_checkpoint.exists():
+        logger.info("checkpoint: %s", run.directory.last_checkpoint)
+    logger.info("sample pictures: %s", run.directory.images)
+    logger.info("curves: tensorboard --logdir %s", run.directory.path.parent)
+
+
+def _report(error: Exception, debug: bool = False) -> int:
+    """Show a failure on standard error: a line a problem if the user can put it right, else its traceback."""
+    is_user_error = isinstance(error, (ValueError, OSError, MisconfigurationException, MemoryError))
+    real = error.__cause__ if isinstance(error, TrainingError) and error.__cause__ is not None else error
+    if debug or not is_user_error:
+        traceback.print_exception(real)
+    if is_user_error:
+        sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines() if line.strip()))
+    else:
+        sys.stderr.write(f"error: {error if error is not real else f'{type(real).__name__}: {real}'}\n")
+    sys.stderr.flush()
+    if debug and sys.stdin is not None and sys.stdin.isatty():
+        pdb.post_mortem(real.__traceback__)
+    return USER_ERROR if is_user_error else FAILED
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a failure is a lack of memory, on whichever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
+def _out_of_memory_advice(run: Run, error: BaseException) -> str:
+    """Say what to lower, in one line."""
+    batch_size = run.config["data"]["params"]["batch_size"]
+    unet = ((run.config["model"].get("params") or {}).get("unet_config") or {}).get("params") or {}
+    advice = [f"lower data.params.batch_size ({batch_size} now)"] if batch_size > 1 else []
+    if unet.get("use_checkpoint") is False:
+        advice.append("set model.params.unet_config.params.use_checkpoint=true")
+    precision = ((run.config.get("lightning") or {}).get("trainer") or {}).get("precision")
+    if precision in (None, 32, "32", "32-true"):
+        advice.append("use --precision bf16-mixed (or 16-mixed on cards before 2020)")
+    advice.append("train at a smaller data.params.train.params.size")
+    return f"out of memory: {', or '.join(advice)} ({str(error).strip().splitlines()[0][:120]})"

@@ -1,0 +1,173 @@
+"""Builds Lightning's trainer, its callbacks and its loggers from the merged configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy
+
+from ldm.training.accumulation import ExactAccumulation
+from ldm.training.callbacks import Beginning, LastCheckpoint, model_checkpoint_params
+from ldm.training.checkpoint_io import StreamingCheckpointIO
+from ldm.training.progress import RunProgress
+from ldm.training.run_directory import RunDirectory
+from ldm.training.stop_signals import StopSignals
+from ldm.util import get_obj_from_str, instantiate_from_config
+
+DEFAULT_CALLBACKS: Final[Mapping[str, Any]] = {
+    "image_logger": {"target": "main.ImageLogger", "params": {"batch_frequency": 750, "max_images": 4}},
+    "learning_rate_logger": {
+        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+        "params": {"logging_interval": "step"},
+    },
+    "cuda_callback": {"target": "main.CUDACallback"},
+}
+"""What a run has unless ``lightning.callbacks`` says otherwise of the same name."""
+
+DEFAULT_TRAINER: Final[Mapping[str, Any]] = {
+    # Training fails within seconds or not at all on the checks made before it; Lightning's rehearsal of the
+    # validation costs minutes.
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+}
+
+
+def build_trainer(
+    lightning: Mapping[str, Any],
+    run_directory: RunDirectory,
+    signals: StopSignals,
+    batch_size: int,
+    monitor: str | None,
+    validates: bool,
+) -> pl.Trainer:
+    """Build the trainer of a run.
+
+    Args:
+        lightning: the configuration's section of that name, as plain containers.
+        run_directory: the run's folder.
+        signals: the run's stop signals.
+        batch_size: pictures in a batch of one device.
+        monitor: the model's ``monitor``.
+        validates: whether the run has a validation set.
+
+    Returns:
+        A trainer that has done nothing yet.
+
+    Raises:
+        ValueError: if an argument is wrong or a device is not there.
+    """
+    arguments: dict[str, Any] = {**DEFAULT_TRAINER, **(lightning.get("trainer") or {})}
+    checkpoint_io = StreamingCheckpointIO()
+    arguments.update(
+        default_root_dir=str(run_directory.path),
+        use_distributed_sampler=False,  # the data module shares the pictures out itself
+        plugins=[*_as_list(arguments.get("plugins")), checkpoint_io],
+        logger=_build_logger(lightning.get("logger"), run_directory) if arguments.get("logger", True) else False,
+    )
+    arguments["callbacks"] = _build_callbacks(
+        lightning, run_directory, signals, checkpoint_io, arguments, batch_size, monitor, validates
+    )
+    find_unused = bool(lightning.get("find_unused_parameters", False))
+    trainer = pl.Trainer(**{**arguments, **_strategy(arguments, find_unused)})
+    return trainer
+
+
+def _strategy(arguments: Mapping[str, Any], find_unused_parameters: bool) -> dict[str, Any]:
+    """Choose DDP with its setting where several devices are asked for and nothing else is said."""
+    if arguments.get("strategy", "auto") not in ("auto", "ddp"):
+        return {}
+    if arguments.get("strategy") != "ddp" and not _asks_for_several(arguments):
+        return {}
+    return {"strategy": DDPStrategy(find_unused_parameters=find_unused_parameters)}
+
+
+def _asks_for_several(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether more than one device or node is asked for."""
+    probe = pl.Trainer(
+        accelerator=arguments.get("accelerator", "auto"),
+        devices=arguments.get("devices", "auto"),
+        num_nodes=arguments.get("num_nodes", 1),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    return probe.world_size > 1
+
+
+def _build_logger(config: Mapping[str, Any] | None, run_directory: RunDirectory) -> Logger:
+    """Build the logger that ``lightning.logger`` names, or TensorBoard."""
+    if config is None:
+        return TensorBoardLogger(str(run_directory.path), name="", version="tensorboard", default_hp_metric=False)
+    params = {"save_dir": str(run_directory.path), **(config.get("params") or {})}
+    built: Logger = get_obj_from_str(config["target"])(**params)
+    return built
+
+
+def _build_callbacks(
+    lightning: Mapping[str, Any],
+    run_directory: RunDirectory,
+    signals: StopSignals,
+    checkpoint_io: StreamingCheckpointIO,
+    arguments: Mapping[str, Any],
+    batch_size: int,
+    monitor: str | None,
+    validates: bool,
+) -> list[Callback]:
+    """Build all callbacks, the user's included."""
+    callbacks: list[Callback] = [Beginning(), ExactAccumulation(batch_size)]
+    if arguments.get("enable_progress_bar", True) and not arguments.get("barebones"):
+        callbacks.append(RunProgress())
+    configs = merged_callbacks(lightning.get("callbacks") or {})
+    built = [instantiate_from_config(config) for config in configs.values()]
+    if arguments["logger"] is False:
+        built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
+    callbacks += built
+    if arguments.get("enable_checkpointing", True) and not arguments.get("barebones"):
+        section = lightning.get("modelcheckpoint") or {}
+        given = dict(section.get("params") or {})
+        kind = get_obj_from_str(section["target"]) if "target" in section else ModelCheckpoint
+        callbacks.append(kind(**model_checkpoint_params(given, monitor, validates, run_directory.checkpoints)))
+        by_steps = given.get("every_n_train_steps") or 0
+        by_epochs = given.get("every_n_epochs")
+        callbacks.append(
+            LastCheckpoint(
+                run_directory.last_checkpoint,
+                checkpoint_io,
+                signals,
+                every_n_epochs=(0 if by_steps else 1) if by_epochs is None else by_epochs,
+                every_n_train_steps=by_steps,
+            )
+        )
+    return callbacks
+
+
+def merged_callbacks(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay the configuration's callbacks over the default ones.
+
+    Args:
+        given: ``lightning.callbacks``: ``{target, params}`` by name. Under a default's name, ``params`` are
+            merged one by one, and ``target`` may be left out.
+
+    Returns:
+        All callbacks' configurations by name.
+    """
+    merged: dict[str, Any] = {name: dict(config) for name, config in DEFAULT_CALLBACKS.items()}
+    for name, config in given.items():
+        default = merged.get(name, {})
+        params = config.get("params") or {}
+        if config.get("target", default.get("target")) == default.get("target"):
+            params = {**(default.get("params") or {}), **params}
+        merged[name] = {**default, **config, "params": params}
+    return merged
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Wrap a single value in a list, and nothing in an empty one."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
