@@ -175,8 +175,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
     if repeat_only:
         return timesteps[:, None].expand(-1, dim).float()
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)[None]
+    # Multiplied before it is divided, as models were trained: at t = 999 one rounding more is visible.
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(exponents)[None]
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return nn.functional.pad(embedding, (0, dim % 2))
 
