@@ -76,6 +76,16 @@ _OBJECT_KEYS: Final[Mapping[str, str]] = {
     "logger": "a logger belongs under lightning.logger as {target, params}; here only true or false stand",
     "plugins": "plugins are objects, which YAML cannot hold; use strategy and precision",
 }
+_OTHER_WORDS: Final[Mapping[str, str]] = {
+    "fp16": "16-mixed",
+    "float16": "16-mixed",
+    "bfloat16": "bf16-mixed",
+    "fp32": "32-true",
+    "float32": "32-true",
+    "full": "32-true",
+}
+"""What other trainers call Lightning's precisions."""
+
 _MODULE_KEYS: Final = ("unet_config", "first_stage_config", "cond_stage_config", "lossconfig")
 _CODER: Final = "ldm.modules.diffusionmodules.model"
 _IMAGE_ROWS: Final = "ldm.models.diffusion.image_rows.image_rows"
@@ -598,6 +608,8 @@ def _meant(value: Any, annotation: Any) -> str | None:
     """Guess what a value of the wrong type was meant to be."""
     wanted = describe(annotation)
     if isinstance(value, str):
+        if value in _OTHER_WORDS and _OTHER_WORDS[value] in wanted:
+            return f"did you mean {_OTHER_WORDS[value]}?"
         if "true or false" in wanted:
             match = nearest(value.lower(), ["true", "false"], cutoff=0.4)
             return f"did you mean {match}?" if match else None

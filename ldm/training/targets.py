@@ -117,7 +117,7 @@ def resolve_target(target: str) -> Any:
     if isinstance(found, types.ModuleType):
         raise ValueError(_is_module(target))
     if not callable(found):
-        raise ValueError(f"target {target} is a {type(found).__name__}, not a class or function")
+        raise ValueError(f"target {target} is no class or function (but of type {type(found).__name__})")
     return found
 
 
