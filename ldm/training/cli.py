@@ -119,6 +119,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         ValueError: one line for each mistake.
         SystemExit: help was asked for, and printed.
     """
+    if not argv:
+        raise ValueError(f"nothing was asked for; the everyday command (--help explains it): {EXAMPLE}")
     parser, flags = _build_parser()
     words = _Words(parser, flags)
     words.read(list(argv))
@@ -143,6 +145,11 @@ def _check_together(fields: dict[str, Any], problems: list[str]) -> None:
         problems.append(
             "-n/--name and -r/--resume exclude each other: a resumed run keeps its folder and name; "
             "leave out -n, or start a new run from the weights with --actual_resume"
+        )
+    if fields.get("actual_resume") and fields.get("resume"):
+        problems.append(
+            "--actual_resume and -r/--resume exclude each other: -r continues a run from its own checkpoint, "
+            "--actual_resume starts a new run; leave out one"
         )
     if not fields.get("base") and not fields.get("resume"):
         problems.append(

@@ -233,7 +233,7 @@ def _complete(config: ConfigTree, options: Options, notices: list[str]) -> None:
     saved_root = config.get("run.data_root")
     for setting in fields(RunSection):
         path = f"run.{setting.name}"
-        if setting.name in options.given:
+        if _is_given(options, setting.name):
             config.set(path, getattr(options, setting.name), f"flag --{_flag_name(setting.name)}")
         elif not config.has(path):
             config.set(path, setting.default, DEFAULT_SOURCE)
@@ -241,11 +241,16 @@ def _complete(config: ConfigTree, options: Options, notices: list[str]) -> None:
         seed = random.SystemRandom().randrange(2**31)
         notices.append(f"{config.source('run.seed')}: run.seed: -1 draws a seed: {seed}")
         config.set("run.seed", seed, config.source("run.seed"))
-    _give_data_root(config, saved_root, "data_root" in options.given, notices)
-    _give_seed(config, saved_seed, "seed" in options.given)
+    _give_data_root(config, saved_root, _is_given(options, "data_root"), notices)
+    _give_seed(config, saved_seed, _is_given(options, "seed"))
     _choose_device(config, notices)
     if config.has("lightning.logger") and not config.has("lightning.logger.target"):
         config.set("lightning.logger.target", DEFAULT_TARGETS["lightning.logger"], DEFAULT_SOURCE)
+
+
+def _is_given(options: Options, name: str) -> bool:
+    """Tell whether the command line named a setting; options that a program made need not list theirs."""
+    return name in options.given or getattr(options, name) != getattr(Options, name)
 
 
 def _flag_name(name: str) -> str:

@@ -392,9 +392,8 @@ class _Check:
         if flag is not None and not isinstance(flag, bool):
             self.wrong_type("lightning.find_unused_parameters", flag, bool)
         self.trainer()
-        for name in self.config.get("lightning.callbacks", {}):
-            path = f"lightning.callbacks.{name}"
-            self.section(path, self.config.get(path), Callback)
+        for name, callback in self.config.get("lightning.callbacks", {}).items():
+            self.section(f"lightning.callbacks.{name}", callback, Callback)
         for path, kind in (("lightning.modelcheckpoint", Checkpoint), ("lightning.logger", Logger)):
             if self.config.has(path):
                 self.section(path, self.config.get(path), kind)

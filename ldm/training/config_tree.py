@@ -118,7 +118,8 @@ class ConfigTree:
             pattern: a dotted key path in which ``*`` stands for any one key.
 
         Returns:
-            The paths that are there, in the order of the config.
+            The paths that are there, in the order of the config; keys that are numbers or hold dots,
+            which a dotted path cannot name, are passed over.
         """
         found: list[tuple[list[str], Any]] = [([], self.tree)]
         for wanted in pattern.split("."):
@@ -127,7 +128,7 @@ class ConfigTree:
                 for path, node in found
                 if isinstance(node, dict)
                 for key, child in node.items()
-                if wanted in ("*", key)
+                if wanted in ("*", key) and isinstance(key, str) and "." not in key
             ]
         return [".".join(path) for path, _ in found]
 

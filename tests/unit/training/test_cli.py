@@ -133,6 +133,16 @@ def test_name_and_resume_exclude_each_other() -> None:
     assert "exclude each other" in problems("-t", "-n", "x", "-r", "logs/run")[0]
 
 
+def test_actual_resume_and_resume_exclude_each_other() -> None:
+    assert "exclude each other" in problems("-t", "--actual_resume", "x.ckpt", "-r", "logs/run")[0]
+
+
+def test_no_words_at_all_are_answered_with_the_everyday_command() -> None:
+    found = problems()
+    assert len(found) == 1
+    assert "python main.py --base" in found[0]
+
+
 def test_resume_needs_no_base() -> None:
     assert parse_options(["-t", "-r", "logs/run"]).resume == "logs/run"
 

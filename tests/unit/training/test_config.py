@@ -365,8 +365,13 @@ def test_a_number_with_an_exponent_is_a_number(load: Load) -> None:
     assert load("model.base_learning_rate=1e-6").config.model.base_learning_rate == 1e-6
 
 
+def test_keys_that_are_numbers_or_hold_dots_are_told_like_others(load: Load) -> None:
+    write("b.yaml", "data: {params: {1: {params: 5}, a.b: {params: 5}}}\nlightning: {callbacks: {2: 3, c.d: 4}}\n")
+    assert len(problems(load, "-b", "b.yaml")) == 4
+
+
 def test_notices_of_the_command_line_are_handed_on(load: Load) -> None:
-    options = Options(base=["a.yaml"], train=True, data_root="pictures", given=frozenset({"data_root"}))
+    options = Options(base=["a.yaml"], train=True, data_root="pictures")
     assert load_run_config(replace(options, notices=["hello"])).notices == ["hello"]
 
 
