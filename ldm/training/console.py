@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ SETTLED_WARNINGS: Final = (
 )
 
 
-class ConsoleHandler(logging.StreamHandler[TextIO]):
+class ConsoleHandler(logging.StreamHandler):
     """Writes records to whatever standard output is at the time, without tearing a progress bar apart."""
 
     def __init__(self) -> None:
