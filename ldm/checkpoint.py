@@ -7,6 +7,7 @@ that does not find its place is an error, but for a short list of tolerated ones
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -119,41 +120,30 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_pickle(path: Path) -> Any:
     is_zip = zipfile.is_zipfile(path)
-    inert = _inert_names(path) if is_zip else []
+    inert = [name for name in _unsafe_names(path) if name.startswith(_INERT_PACKAGES)]
     context = torch.serialization.safe_globals([(_Inert, name) for name in inert]) if inert else nullcontext()
     try:
         with context:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if is_zip or "Unsupported" in str(error):
-            reason = next((line for line in str(error).splitlines() if "Unsupported" in line), "")
-            raise ValueError(
-                f"checkpoint '{path}' was refused: it holds more than weights, and reading it could run code"
-                f"{_global_names(path, is_zip)}{_reason(reason, is_zip)}; get the file as .safetensors instead"
-            ) from error
-        raise ValueError(f"checkpoint '{path}' is damaged or no checkpoint file; copy it again") from error
+        refused = re.search(r"unsupported (?:global|class|operand)[: ]+(?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
+        names = [name for name in _unsafe_names(path) if name not in inert] or (refused.groups() if refused else ())
+        if not names:
+            raise ValueError(f"checkpoint '{path}' is damaged or no checkpoint file; copy it again") from error
+        raise ValueError(
+            f"checkpoint '{path}' was refused: it holds more than weights ({_first(names)}), and reading it could "
+            "run code; get the file as .safetensors, or from a source that stores weights alone"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint '{path}' is damaged, truncated or no checkpoint file; copy it again") from error
 
 
-def _reason(line: str, is_zip: bool) -> str:
-    return "" if is_zip or not line else f" ({line.strip()})"
-
-
 def _unsafe_names(path: Path) -> list[str]:
+    """List what a zipped checkpoint would have imported; nothing for the old unzipped format."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return []
-
-
-def _global_names(path: Path, is_zip: bool) -> str:
-    names = [name for name in _unsafe_names(path) if not name.startswith(_INERT_PACKAGES)] if is_zip else []
-    return f" ({_first(names)})" if names else ""
-
-
-def _inert_names(path: Path) -> list[str]:
-    return [name for name in _unsafe_names(path) if name.startswith(_INERT_PACKAGES)]
 
 
 def _first(names: Sequence[str], count: int = 3) -> str:
