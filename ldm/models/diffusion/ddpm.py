@@ -336,7 +336,7 @@ class DDPM(pl.LightningModule):
             score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs,
         )
-        noise = noise_like(x.shape, x.device, repeat_noise) * temperature
+        noise = noise_like(x.shape, x.device, repeat_noise).to(x.dtype) * temperature
         if noise_dropout > 0.0:
             noise = torch.nn.functional.dropout(noise, p=noise_dropout)
         moves = (t != 0).to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
@@ -876,7 +876,5 @@ class LatentDiffusion(DDPM):
         if isinstance(self.scale_factor, Tensor):
             if float(self.scale_factor) != 1.0:
                 raise ValueError("model.params: give scale_factor or scale_by_std, not both")
-            x = DDPM.get_input(self, batch, self.first_stage_key).to(self.device)
-            posterior = self.encode_first_stage(x)
-            z = self.get_first_stage_encoding(posterior).detach()
+            z = self.get_input(batch, self.first_stage_key, exposures=self._exposures(batch, batch_idx))[0]
             self.scale_factor.copy_(1.0 / z.flatten().std())

@@ -344,7 +344,7 @@ def ddim_update(
     pred_x0 = (x - (1.0 - alpha) ** 0.5 * eps) / alpha**0.5
     if noise.quantize_x0:
         pred_x0 = model.first_stage_model.quantize(pred_x0)[0]
-    added = noise_like(x.shape, x.device, noise.repeat) * (sigma * noise.temperature)
+    added = noise_like(x.shape, x.device, noise.repeat).to(x.dtype) * (sigma * noise.temperature)
     if noise.dropout > 0.0:
         added = F.dropout(added, p=noise.dropout)
     direction = max(0.0, 1.0 - alpha_prev - sigma**2) ** 0.5 * eps

@@ -235,11 +235,14 @@ def linear(*args: Any, **kwargs: Any) -> nn.Linear:
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation computed in float32 whatever the input, returned in the input's dtype."""
+    """Group normalisation in the precision of its parameters, returned in the input's dtype.
+
+    Under autocast the parameters are float32, and half-precision features are normalised in float32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, ...)."""
-        return super().forward(x.float()).type(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).type(x.dtype)
 
 
 def normalization(channels: int) -> GroupNorm32:

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+from tests.unit.models.small import (
+    build_text_model,
+    first_stage_config,
+    picture_batch,
+    unet_config,
+    with_random_weights,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A text-to-image model; tests must leave it as it is."""
+    return build_text_model()
+
+
+def test_the_loss_of_an_exposure_does_not_depend_on_the_batch_it_is_in(model):
+    batch = picture_batch(4)
+    both, _ = model.shared_step(batch, batch["exposure"])
+    halves = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 2), slice(2, 4))]
+    losses = [model.shared_step(half, half["exposure"])[0].item() for half in halves]
+    assert both.item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_the_loss_of_an_exposure_does_not_depend_on_what_was_drawn_before(model):
+    batch = picture_batch()
+    first, _ = model.shared_step(batch, batch["exposure"])
+    torch.rand(10)
+    second, _ = model.shared_step(batch, batch["exposure"])
+    assert first.item() == second.item()
+
+
+def test_another_epoch_is_another_exposure(model):
+    batch = picture_batch()
+    later = batch["exposure"].clone()
+    later[:, 1] = 1
+    assert model.shared_step(batch, batch["exposure"])[0].item() != model.shared_step(batch, later)[0].item()
+
+
+def test_batches_without_exposures_get_them_by_their_place(model, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    batch = {key: value for key, value in picture_batch().items() if key != "exposure"}
+    first, again, next_batch = (model._exposures(batch, index) for index in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, next_batch)
+    assert len({tuple(row) for row in first.tolist()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("unfreeze_model", "cond_stage_trainable", "parts"),
+    [(True, True, ["model", "cond_stage_model"]), (True, False, ["model"]), (False, True, ["cond_stage_model"])],
+)
+def test_exactly_the_parts_asked_for_are_trained(unfreeze_model, cond_stage_trainable, parts):
+    model = build_text_model(unfreeze_model=unfreeze_model, cond_stage_trainable=cond_stage_trainable)
+    assert list(model.trained_parameters()) == parts
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(parts)
+
+
+def test_nothing_to_train_is_an_error():
+    model = build_text_model(unfreeze_model=False, cond_stage_trainable=False)
+    with pytest.raises(ValueError, match="nothing is to train"):
+        model.configure_optimizers()
+
+
+def test_frozen_parts_stay_in_evaluation_mode_while_training():
+    model = build_text_model(cond_stage_trainable=False).train()
+    assert model.model.training
+    assert not model.first_stage_model.training
+    assert not model.cond_stage_model.training
+
+
+def test_model_lr_gives_the_unet_a_group_of_its_own():
+    model = build_text_model(model_lr=1e-5)
+    model.learning_rate = 1e-3
+    groups = model.configure_optimizers().param_groups
+    assert [group["lr"] for group in groups] == [1e-5, 1e-3]
+    assert len(groups[0]["params"]) == len(list(model.model.parameters()))
+
+
+def test_a_schedule_multiplies_the_learning_rate():
+    schedule = {
+        "target": "ldm.lr_scheduler.EveryDreamScheduler",
+        "params": {"warm_up_steps": 10, "f_start": 0.5, "f_max": 1.0, "f_min": 0.1, "steps_to_min": 20},
+    }
+    model = build_text_model(scheduler_config=schedule)
+    model.learning_rate = 1e-3
+    optimizers, schedulers = model.configure_optimizers()
+    assert optimizers[0].param_groups[0]["lr"] == pytest.approx(5e-4)
+    assert schedulers[0]["interval"] == "step"
+
+
+def test_a_learned_logvar_is_trained_logged_and_saved():
+    model = build_text_model(learn_logvar=True, logvar_init=0.5).train()
+    batch = picture_batch()
+    loss, logged = model.shared_step(batch, batch["exposure"])
+    loss.backward()
+    assert model.logvar.grad is not None
+    assert {"train/loss_gamma", "logvar"} <= set(logged)
+    assert "logvar" in model.state_dict()
+    assert list(model.trained_parameters()) == ["model", "cond_stage_model", "logvar"]
+
+
+def test_moving_averages_follow_optimiser_steps_and_are_swapped_in_and_out():
+    model = build_text_model(use_ema=True)
+    live = next(model.model.parameters())
+    with torch.no_grad():
+        live.add_(1.0)
+    changed = live.clone()
+    with model.ema_scope():
+        assert not torch.equal(live, changed)
+    assert torch.equal(live, changed)
+    model.model_ema(model.model)
+    assert int(model.model_ema.num_updates) == 1
+
+
+def test_a_condition_schedule_noises_the_condition():
+    model = build_text_model(num_timesteps_cond=5)
+    assert model.cond_ids[:6].tolist() == [0, 250, 500, 749, 999, 999]
+    cond = torch.ones(2, 3, 32)
+    exposures = picture_batch()["exposure"]
+    t = torch.tensor([0, 4])
+    noised = model._noised_condition(cond, t, exposures)
+    assert (noised[0] - cond[0]).abs().max() < (noised[1] - cond[1]).abs().max()
+    assert torch.equal(noised, model._noised_condition(cond, t, exposures))
+
+
+def test_scale_by_std_takes_its_factor_from_the_first_batch_and_saves_it():
+    scaled = build_text_model(scale_by_std=True)
+    assert scaled.state_dict()["scale_factor"].item() == 1.0
+    scaled._trainer = type("Trainer", (), {"global_step": 0, "current_epoch": 0})()
+    batch = picture_batch()
+    scaled.on_train_batch_start(batch, 0)
+    factor = scaled.scale_factor.item()
+    assert factor != 1.0
+    z, _ = scaled.get_input(batch, "image", exposures=batch["exposure"])
+    assert z.std().item() == pytest.approx(1.0, rel=1e-5)
+    assert scaled.state_dict()["scale_factor"].item() == factor
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+@pytest.mark.parametrize("loss_type", ["l1", "l2"])
+def test_every_parameterisation_and_distance_trains(parameterization, loss_type):
+    model = build_text_model(parameterization=parameterization, loss_type=loss_type)
+    batch = picture_batch()
+    loss, _ = model.shared_step(batch, batch["exposure"])
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.model.parameters())
+
+
+def test_an_unknown_parameterisation_names_the_known_ones():
+    with pytest.raises(ValueError, match="eps, x0, v"):
+        build_text_model(parameterization="epsilon")
+
+
+def test_an_unknown_conditioning_key_names_the_known_ones():
+    with pytest.raises(ValueError, match="concat, crossattn, hybrid, adm"):
+        build_text_model(conditioning_key="crossatn")
+
+
+def build_map_model(conditioning_key, **params):
+    """A model conditioned on a picture of its own latent size, through the first stage."""
+    torch.manual_seed(0)
+    return with_random_weights(
+        LatentDiffusion(
+            first_stage_config=first_stage_config(),
+            cond_stage_config="__is_first_stage__",
+            cond_stage_key="masked_image",
+            conditioning_key=conditioning_key,
+            use_ema=False,
+            **params,
+        )
+    )
+
+
+def test_a_concatenated_condition_is_the_first_stages_unscaled_mode():
+    model = build_map_model("concat", unet_config=unet_config(in_channels=8), scale_factor=0.5)
+    batch = picture_batch() | {"masked_image": picture_batch()["image"] * 0.5}
+    z, c = model.get_input(batch, "image")
+    expected = model.encode_first_stage(batch["masked_image"].permute(0, 3, 1, 2)).mode()
+    assert torch.allclose(c, expected, atol=1e-6)
+    loss, _ = model.shared_step(batch, batch["exposure"])
+    loss.backward()
+    assert model.apply_model(z, torch.tensor([1, 2]), c).shape == z.shape
+
+
+def test_hybrid_conditions_reach_the_network_by_both_ways():
+    model = build_text_model(unet={"in_channels": 8}, conditioning_key="hybrid")
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    tokens, maps = torch.randn(2, 3, 32), torch.randn(2, 4, 8, 8)
+    base = model.apply_model(x, t, {"c_crossattn": [tokens], "c_concat": [maps]})
+    assert not torch.equal(base, model.apply_model(x, t, {"c_crossattn": [tokens + 1], "c_concat": [maps]}))
+    assert not torch.equal(base, model.apply_model(x, t, {"c_crossattn": [tokens], "c_concat": [maps + 1]}))
+
+
+def test_class_labels_reach_the_network_through_the_time_embedding():
+    model = build_map_model("adm", unet_config=unet_config(num_classes=5, use_new_attention_order=True))
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    first, second = (model.apply_model(x, t, torch.tensor(labels)) for labels in ([0, 1], [0, 4]))
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+
+
+def test_an_unconditional_model_trains():
+    torch.manual_seed(0)
+    model = LatentDiffusion(
+        unet_config=unet_config(),
+        first_stage_config=first_stage_config(),
+        cond_stage_config="__is_unconditional__",
+        use_ema=False,
+    )
+    batch = picture_batch()
+    assert model.model.conditioning_key is None
+    model.shared_step(batch, batch["exposure"])[0].backward()
+
+
+def test_diffusion_on_pixels_trains_and_samples():
+    torch.manual_seed(0)
+    model = DDPM(unet_config=unet_config(in_channels=3, out_channels=3), timesteps=4, image_size=8, use_ema=True)
+    batch = picture_batch(size=(8, 8))
+    model.shared_step(batch, batch["exposure"])[0].backward()
+    assert model.sample(batch_size=2, verbose=False).shape == (2, 3, 8, 8)
+    assert set(model.log_images(batch, N=2, ddim_steps=2)) == {"inputs", "samples"}
+
+
+def test_log_images_have_the_size_and_aspect_of_the_batch(model):
+    rows = model.log_images(picture_batch(size=(16, 32)), N=2, ddim_steps=2)
+    assert set(rows) == {"inputs", "reconstruction", "conditioning", "samples", "samples_cfg_scale_5.00"}
+    assert {tuple(row.shape) for row in rows.values()} == {(2, 3, 16, 32)}
+
+
+def test_saved_keys_are_clean_and_come_back_into_a_compiled_model():
+    model = build_text_model()
+    plain = list(model.state_dict())
+    model.model.diffusion_model = torch.compile(model.model.diffusion_model, backend="eager")
+    checkpoint = {"state_dict": model.state_dict()}
+    assert any("_orig_mod" in key for key in checkpoint["state_dict"])
+    model.on_save_checkpoint(checkpoint)
+    assert list(checkpoint["state_dict"]) == plain
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.modules.attention import CrossAttention
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
+from ldm.util import instantiate_from_config
+from tests.unit.models.small import first_stage_config, unet_config
+
+
+def build_unet(**params):
+    torch.manual_seed(0)
+    model = instantiate_from_config(unet_config(**params))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return model
+
+
+OPTIONS = {
+    "plain attention": {},
+    "new attention order": {"use_new_attention_order": True},
+    "head width": {"num_heads": -1, "num_head_channels": 16},
+    "scale and shift": {"use_scale_shift_norm": True},
+    "resampling blocks": {"resblock_updown": True, "channel_mult": [1, 2]},
+    "pooling": {"conv_resample": False, "channel_mult": [1, 2]},
+    "two transformers": {"use_spatial_transformer": True, "context_dim": 8, "transformer_depth": 2},
+    "codebook ids": {"n_embed": 16},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_recomputing_activations_changes_no_gradient(name):
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
+    context = torch.randn(2, 5, 8) if "context_dim" in OPTIONS[name] else None
+    gradients = []
+    for use_checkpoint in (False, True):
+        model = build_unet(use_checkpoint=use_checkpoint, **OPTIONS[name])
+        model(x, t, context=context).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert (plain is None) == (recomputed is None)
+        assert plain is None or torch.allclose(plain, recomputed, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (5, 8)])
+def test_the_unet_takes_latents_of_any_height_and_width(size):
+    model = build_unet(channel_mult=[1, 1, 1])
+    assert model(torch.randn(1, 4, *size), torch.tensor([1])).shape == (1, 4, *size)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"use_fp16": True}, "precision to 16-mixed"),
+        ({"context_dim": 8}, "needed together"),
+        ({"use_spatial_transformer": True}, "needed together"),
+        ({"num_heads": -1}, "num_heads or num_head_channels"),
+    ],
+)
+def test_contradictory_unet_settings_are_errors(params, message):
+    with pytest.raises(ValueError, match=message):
+        build_unet(**params)
+
+
+def test_labels_are_refused_by_a_unet_without_classes():
+    with pytest.raises(ValueError, match="num_classes"):
+        build_unet()(torch.randn(1, 4, 8, 8), torch.tensor([1]), y=torch.tensor([1]))
+
+
+def test_the_two_attention_orders_differ_only_in_the_order_of_channels():
+    torch.manual_seed(0)
+    legacy, new = AttentionBlock(32, num_heads=2), AttentionBlock(32, num_heads=2, use_new_attention_order=True)
+    with torch.no_grad():
+        legacy.proj_out.weight.normal_()
+    new.load_state_dict(legacy.state_dict())
+    reorder = lambda tensor: tensor.reshape(2, 3, 16, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)  # noqa: E731
+    with torch.no_grad():
+        new.qkv.weight.copy_(reorder(legacy.qkv.weight))
+        new.qkv.bias.copy_(reorder(legacy.qkv.bias))
+    x = torch.randn(2, 32, 4, 4)
+    assert torch.allclose(legacy(x), new(x), atol=1e-6)
+
+
+def test_hidden_context_positions_have_no_effect():
+    torch.manual_seed(0)
+    attention = CrossAttention(16, 8, heads=2, dim_head=8)
+    x, context = torch.randn(1, 4, 16), torch.randn(1, 5, 8)
+    mask = torch.tensor([[True, True, False, True, True]])
+    changed = context.clone()
+    changed[:, 2] += 10.0
+    assert torch.allclose(attention(x, context, mask), attention(x, changed, mask))
+    assert not torch.allclose(attention(x, context), attention(x, changed))
+
+
+@pytest.mark.parametrize("attn_type", ["vanilla", "linear", "none"])
+def test_the_first_stage_halves_mirror_each_other(attn_type):
+    common = {
+        "ch": 32,
+        "out_ch": 3,
+        "ch_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": [8],
+        "in_channels": 3,
+        "resolution": 16,
+        "z_channels": 4,
+        "attn_type": attn_type,
+    }
+    x = torch.randn(2, 3, 16, 24)
+    features = Encoder(**common, double_z=False)(x)
+    assert features.shape == (2, 4, 4, 6)
+    assert Decoder(**common)(features).shape == x.shape
+
+
+def test_an_unknown_attention_type_names_the_known_ones():
+    with pytest.raises(ValueError, match="vanilla, linear or none"):
+        Encoder(
+            ch=32, out_ch=3, num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=8, z_channels=4,
+            attn_type="memory",
+        )  # fmt: skip
+
+
+def test_a_misspelt_autoencoder_setting_names_the_nearest():
+    params = first_stage_config()["params"]
+    params["ddconfig"]["z_chanels"] = params["ddconfig"].pop("z_channels")
+    with pytest.raises(ValueError, match="'z_chanels'; did you mean 'z_channels'"):
+        AutoencoderKL(**params)
+
+
+def test_the_unet_output_starts_at_zero():
+    model = UNetModel(**unet_config()["params"])
+    assert not model(torch.randn(1, 4, 8, 8), torch.tensor([1])).any()
