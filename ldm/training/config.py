@@ -190,7 +190,7 @@ def _override(word: str) -> ConfigTree:
     try:
         read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = getattr(error, "problem", None) or str(error).strip().splitlines()[0]
         raise ValueError(f"override {word}: the value is not valid YAML: {reason}") from None
     layer = ConfigTree()
     layer.set(path, read["value"], "override")
@@ -203,6 +203,8 @@ def _gpus_flag(options: Options, flags: ConfigTree) -> None:
         asked = translate_gpus(options.gpus)
     except ValueError as error:
         raise ValueError(f"flag --gpus: {error}") from None
+    if options.gpus is not None and asked is None and not flags.has("lightning.trainer.accelerator"):
+        flags.set("lightning.trainer.accelerator", "cpu", "flag --gpus")
     if asked is None:
         return
     for name, value in zip(("accelerator", "devices"), asked, strict=True):

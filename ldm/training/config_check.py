@@ -655,7 +655,7 @@ def _check_data_roots(config: ConfigTree) -> list[str]:
     problems: dict[str, str] = {}
     for path in (f"data.params.{name}.params.data_root" for name in DATASETS):
         root = config.get(path)
-        if not isinstance(root, str) or root in problems or os.path.isdir(root):
+        if not isinstance(root, str) or not root or root in problems or os.path.isdir(root):
             continue
         source = config.source(path)
         if os.path.exists(root):

@@ -162,6 +162,12 @@ def test_a_missing_data_root_is_told_once(load: Load) -> None:
     assert found[0].startswith("data_root is missing: add --data_root FOLDER")
 
 
+def test_an_empty_data_root_is_a_missing_one(load: Load) -> None:
+    found = problems(load, "--data_root", "")
+    assert len(found) == 1
+    assert found[0].startswith("data_root is missing")
+
+
 def test_the_seed_goes_to_the_data_and_its_sets(load: Load) -> None:
     data = load("-s", "9").config.data.params
     assert (data.seed, data.train.params.seed, data.validation.params.seed) == (9, 9, 9)
@@ -214,6 +220,12 @@ def test_a_gpu_number_beyond_the_last_says_how_many_there_are(load: Load, monkey
 @pytest.mark.parametrize("word", ["x", "0;1", "0,0", "-2", "1.5"])
 def test_gpus_that_are_no_numbers_are_refused(load: Load, word: str) -> None:
     assert "is not a list of GPU numbers" in problems(load, "--gpus", word)[0]
+
+
+def test_an_empty_gpus_takes_the_yamls_gpus_away(load: Load) -> None:
+    write("gpu.yaml", "lightning: {trainer: {gpus: '0,'}}\n")
+    trainer = load("-b", "gpu.yaml", "--gpus", "").config.lightning.trainer
+    assert (trainer.accelerator, trainer.devices) == ("cpu", 1)
 
 
 def test_gpus_and_accelerator_exclude_each_other(load: Load) -> None:
@@ -346,6 +358,12 @@ def test_all_unreadable_files_are_told_at_once(load: Load) -> None:
 def test_a_reference_to_nothing_is_told_with_its_place(load: Load) -> None:
     write("b.yaml", "data:\n  params:\n    batch_size: ${nowhere}\n")
     assert problems(load, "-b", "b.yaml") == ["b.yaml:3: data.params.batch_size: Interpolation key 'nowhere' not found"]
+
+
+def test_an_override_whose_value_is_no_yaml_says_why(load: Load) -> None:
+    found = problems(load, "data.params.batch_size={")
+    assert len(found) == 1
+    assert found[0].startswith("override data.params.batch_size={: the value is not valid YAML: expected")
 
 
 def test_a_reference_is_resolved(load: Load) -> None:
