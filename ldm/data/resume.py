@@ -62,7 +62,7 @@ def settle_resume(
     - Saved within an epoch: it goes on with the first batch that no optimiser step has taken in. (Gradients
       that were being accumulated are not in a checkpoint, so their batches come again.) This also holds
       where a limit on steps ended the run.
-    - Saved after an epoch's last batch: its validation follows, from its beginning.
+    - Saved where a validation falls due, before its end: it follows, from its beginning.
 
     Where the batch size or the number of ranks has changed, the count of batches is converted.
 
@@ -78,12 +78,16 @@ def settle_resume(
         _begin_epoch(fit_loop, epochs.current.processed)
         return
     epoch = epochs.current.ready - 1
+    limit = trainer.limit_train_batches
+    loader_batches = math.ceil(exposures_per_epoch / exposures_per_batch)
+    batches_per_epoch = min(loader_batches, limit) if isinstance(limit, int) else int(loader_batches * limit)
     done = batches.current.processed
     if done >= saved["batches_per_epoch"]:
         if epochs.current.processed > epoch:
             _begin_epoch(fit_loop, epoch + 1)
         else:
-            _go_on_after_last_batch(trainer, epoch, math.ceil(exposures_per_epoch / exposures_per_batch))
+            due = _validation_falls_due(trainer, epoch, batches_per_epoch, batches_per_epoch)
+            _go_on_after_last_batch(fit_loop, epoch, batches_per_epoch, due)
         return
 
     if saved["exposures_per_epoch"] != exposures_per_epoch:
@@ -106,7 +110,8 @@ def settle_resume(
     if position == 0:
         _begin_epoch(fit_loop, epoch)
     else:
-        _go_on_within_epoch(fit_loop, epoch, position)
+        due = again == 0 and _validation_falls_due(trainer, epoch, position, batches_per_epoch)
+        _go_on_within_epoch(fit_loop, epoch, position, due)
 
 
 def _begin_epoch(fit_loop: Any, epoch: int) -> None:
@@ -116,30 +121,56 @@ def _begin_epoch(fit_loop: Any, epoch: int) -> None:
     _set_restarting(fit_loop, False)
 
 
-def _go_on_within_epoch(fit_loop: Any, epoch: int, position: int) -> None:
+def _validation_falls_due(trainer: Trainer, epoch: int, position: int, batches_per_epoch: int) -> bool:
+    """Tell whether the trainer validates after this batch of an epoch, by its own rule."""
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    if not trainer.enable_validation or not isinstance(interval, (int, float)):
+        return False
+    if every is None:
+        return trainer.fit_loop.epoch_loop.total_batch_idx % int(interval) == int(interval) - 1
+    batches = interval if isinstance(interval, int) else max(1, int(batches_per_epoch * interval))
+    return (epoch + 1) % every == 0 and position % batches == 0
+
+
+def _go_on_within_epoch(fit_loop: Any, epoch: int, position: int, validation_due: bool) -> None:
     counters = fit_loop.epoch_loop.batch_progress.current
+    if validation_due and _validation_unfinished(fit_loop):
+        _set_batches(fit_loop, position)
+        _begin_validation(fit_loop)
     # In a checkpoint from the end of a batch, the batch is not completed yet: Lightning knows this form and
     # also counts the step for the loggers then, so it stays as it is.
-    if not (counters.processed == position == counters.completed + 1):
+    elif not (counters.processed == position == counters.completed + 1):
         _set_batches(fit_loop, position)
     _mark_epoch_unfinished(fit_loop, epoch)
 
 
-def _go_on_after_last_batch(trainer: Trainer, epoch: int, loader_batches: int) -> None:
-    fit_loop: Any = trainer.fit_loop
-    batches = fit_loop.epoch_loop.batch_progress
-    validation = fit_loop.epoch_loop.val_loop.batch_progress
-    saved_before_validation = batches.current.completed < batches.current.processed
-    saved_within_validation = validation.current.ready != validation.current.completed
-    limit = trainer.limit_train_batches
-    _set_batches(fit_loop, min(loader_batches, limit) if isinstance(limit, int) else int(loader_batches * limit))
-    batches.is_last_batch = True
-    if saved_before_validation or saved_within_validation:
-        for counters in (validation.current, validation.total):
-            # The form of a validation that stopped in its first batch, which Lightning starts again.
-            _set_counters(counters, 0)
-            counters.ready = counters.started = 1
+def _go_on_after_last_batch(fit_loop: Any, epoch: int, batches_per_epoch: int, validation_due: bool) -> None:
+    progress = fit_loop.epoch_loop.batch_progress
+    saved_at_batch_end = progress.current.completed < progress.current.processed
+    if validation_due and _validation_unfinished(fit_loop):
+        _begin_validation(fit_loop)
+    elif saved_at_batch_end:
+        # What Lightning does at the end of a batch, after its checkpoints: count the step for the loggers.
+        fit_loop.epoch_loop._batches_that_stepped += 1
+    _set_batches(fit_loop, batches_per_epoch)
+    progress.is_last_batch = True
     _mark_epoch_unfinished(fit_loop, epoch)
+
+
+def _validation_unfinished(fit_loop: Any) -> bool:
+    batches = fit_loop.epoch_loop.batch_progress.current
+    validation = fit_loop.epoch_loop.val_loop.batch_progress.current
+    saved_before_validation = batches.completed < batches.processed
+    saved_within_validation = validation.ready != validation.completed
+    return saved_before_validation or saved_within_validation
+
+
+def _begin_validation(fit_loop: Any) -> None:
+    validation = fit_loop.epoch_loop.val_loop.batch_progress
+    for counters in (validation.current, validation.total):
+        # The form of a validation that stopped in its first batch, which Lightning starts again.
+        _set_counters(counters, 0)
+        counters.ready = counters.started = 1
 
 
 def _mark_epoch_unfinished(fit_loop: Any, epoch: int) -> None:
