@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 JPEG_QUALITY: Final = 95
 SAMPLE_SEED: Final = 0
+CAPTION_KIND: Final = "conditioning"
 
 
 class ImageLogger(pl.Callback):
@@ -164,8 +165,9 @@ class ImageLogger(pl.Callback):
         """Choose the keyword arguments that this model's ``log_images`` takes."""
         parameters = inspect.signature(log_images).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        offered = {"N": count, "split": split}
-        taken = {name: value for name, value in offered.items() if takes_any or name in parameters}
+        taken: dict[str, Any] = {"N": count} if takes_any or "N" in parameters else {}
+        if "split" in parameters:
+            taken["split"] = split
         return {**taken, **self.log_images_kwargs}
 
     def _write(
@@ -189,7 +191,8 @@ class ImageLogger(pl.Callback):
             rows = value[None] if value.ndim == 3 else value  # a model may hand out a grid of its own
             pixels = to_pixels(rows[: self.max_images], self.clamp, self.rescale)
             sheets[kind] = grid(pixels)
-            if value.ndim == 4 and len(pixels) == min(count, len(value)) and len(pixels) > 0:
+            is_caption = kind == CAPTION_KIND and captions is not None  # it stands below the row already
+            if value.ndim == 4 and len(pixels) == count and not is_caption:
                 columns[kind] = pixels
         if columns:
             sheets["overview"] = overview(columns, captions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -16,6 +17,8 @@ BACKGROUND: Final = "white"
 INK: Final = "black"
 SMALLEST_FONT: Final = 11
 LARGEST_FONT: Final = 26
+SYSTEM_FONTS: Final = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf", "Arial.ttf")
+"""Fonts with accents and more scripts, by the names under which Linux, Windows and macOS have them."""
 
 
 def to_pixels(images: Tensor, clamp: bool = True, rescale: bool = True) -> Tensor:
@@ -73,10 +76,12 @@ def overview(columns: Mapping[str, Tensor], captions: Sequence[str] | None) -> I
         A sheet with a row a picture and a titled column a kind, at the pictures' own size.
     """
     count = min(len(pixels) for pixels in columns.values())
-    width = max(pixels.shape[3] for pixels in columns.values())
     height = max(pixels.shape[2] for pixels in columns.values())
+    width = max(pixels.shape[3] for pixels in columns.values())
     size = min(LARGEST_FONT, max(SMALLEST_FONT, width // 20))
-    font = ImageFont.load_default(size)
+    font = _load_font(size, "".join(captions or ()))
+    # Small pictures leave room for whole words in their titles.
+    width = max(width, *(math.ceil(font.getlength(word)) for kind in columns for word in _title(kind).split()))
     gap = max(4, size // 2)
     line_height = round(size * 1.3)
     sheet_width = len(columns) * (width + gap) + gap
@@ -111,6 +116,17 @@ def image_to_tensor(image: Image.Image) -> Tensor:
         uint8 (3, H, W).
     """
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _load_font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Load Pillow's own font, or one of the system's for letters that it lacks."""
+    if not text.isascii():
+        for name in SYSTEM_FONTS:
+            try:
+                return ImageFont.truetype(name, size)
+            except OSError:
+                continue  # not installed here
+    return ImageFont.load_default(size)
 
 
 def _title(kind: str) -> str:
