@@ -245,7 +245,9 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
             raise MemoryError(_out_of_memory_advice(run, error)) from error
         if isinstance(error, (OSError, MisconfigurationException)) or not begin.has_begun:
             raise
-        raise TrainingError(f"training failed at step {trainer.global_step}") from error
+        raise TrainingError(
+            f"training failed at step {trainer.global_step}: {type(error).__name__}: {error}"
+        ) from error
     if run.checkpoint is not None and not begin.has_begun:
         logger.warning(
             "nothing is left to train: %s is at the end of its run (step %d);"
