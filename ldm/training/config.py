@@ -23,11 +23,11 @@ from ldm.training.config_check import (
     RunSection,
     accepted_by,
     check_config,
-    check_machine,
     tidy_sections,
 )
 from ldm.training.config_tree import ConfigTree, leaves, nearest, read_yaml
 from ldm.training.legacy_2022 import DATASETS, RULES, TRAINER_RULES, translate, translate_gpus
+from ldm.training.machine_check import check_machine
 
 DEFAULT_SOURCE: Final = "default"
 _COMMENT_COLUMN: Final = 72

@@ -7,13 +7,10 @@ say. Every problem becomes one line with file, key and what to do, and all are f
 from __future__ import annotations
 
 import inspect
-import math
-import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -24,6 +21,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import StrategyRegistry
 
 from ldm.training.annotations import describe, describe_value, fits
+from ldm.training.config_ranges import RANGES, above_zero
 from ldm.training.config_tree import ConfigTree, leaves, nearest
 from ldm.training.legacy_2022 import DATASETS, TRAINER_WORDS
 from ldm.training.targets import Accepted, Parameter, accepted_parameters, resolve_target
@@ -122,86 +120,6 @@ class RunSection:
     no_test: bool = False
 
 
-@dataclass(frozen=True)
-class Range:
-    """Numbers that a key may have.
-
-    Attributes:
-        key: dotted key path; ``*`` stands for any one key.
-        allows: whether a number is one of them.
-        words: the same in words.
-    """
-
-    key: str
-    allows: Callable[[Any], bool]
-    words: str
-
-
-def _at_least(bound: float) -> Callable[[Any], bool]:
-    return lambda value: value >= bound
-
-
-def _above_zero(value: Any) -> bool:
-    return value > 0 and math.isfinite(value)
-
-
-def _probability(value: Any) -> bool:
-    return 0 <= value <= 1
-
-
-def _count_or_fraction(value: Any) -> bool:
-    return 0 <= value <= 1 if isinstance(value, float) else value >= 0
-
-
-_ANY_COUNT: Final = "at least 1, or -1 for no limit"
-RANGES: Final = (
-    Range("model.base_learning_rate", _above_zero, "above 0, such as 1.0e-06"),
-    Range("model.params.timesteps", _at_least(1), "at least 1 (Stable Diffusion has 1000)"),
-    Range("model.params.num_timesteps_cond", _at_least(1), "at least 1"),
-    Range("model.params.channels", _at_least(1), "at least 1"),
-    Range("model.params.image_size", _at_least(1), "at least 1"),
-    Range("model.params.log_every_t", _at_least(1), "at least 1"),
-    Range("model.params.scale_factor", _above_zero, "above 0 (Stable Diffusion has 0.18215)"),
-    Range("model.params.linear_start", _above_zero, "above 0"),
-    Range("model.params.linear_end", _above_zero, "above 0"),
-    Range("data.params.batch_size", _at_least(1), "at least 1"),
-    Range("data.params.num_workers", _at_least(0), "0 (load in the main process) or more"),
-    Range("data.params.*.params.size", lambda value: value >= 8 and value % 8 == 0, "a multiple of 8, at least 8"),
-    Range("data.params.*.params.repeats", _at_least(1), "at least 1"),
-    Range("data.params.*.params.flip_p", _probability, "a probability from 0 to 1"),
-    Range("data.params.*.params.conditional_dropout", _probability, "a probability from 0 to 1"),
-    Range("lightning.trainer.max_epochs", lambda value: value == -1 or value >= 1, _ANY_COUNT),
-    Range("lightning.trainer.max_steps", lambda value: value == -1 or value >= 1, _ANY_COUNT),
-    Range("lightning.trainer.min_epochs", _at_least(0), "0 or more"),
-    Range("lightning.trainer.min_steps", _at_least(0), "0 or more"),
-    Range("lightning.trainer.accumulate_grad_batches", _at_least(1), "at least 1"),
-    Range("lightning.trainer.check_val_every_n_epoch", _at_least(1), "at least 1, or null"),
-    Range("lightning.trainer.gradient_clip_val", _at_least(0), "0 (off) or more"),
-    Range("lightning.trainer.log_every_n_steps", _at_least(0), "0 (never) or more"),
-    Range("lightning.trainer.num_sanity_val_steps", _at_least(-1), "0 or more, or -1 for all"),
-    Range("lightning.trainer.num_nodes", _at_least(1), "at least 1"),
-    Range("lightning.trainer.reload_dataloaders_every_n_epochs", _at_least(0), "0 or more"),
-    Range("lightning.trainer.fast_dev_run", _at_least(0), "0 or more"),
-    *(
-        Range(f"lightning.trainer.{name}", _count_or_fraction, "a number of batches, or a fraction from 0.0 to 1.0")
-        for name in (
-            "limit_train_batches",
-            "limit_val_batches",
-            "limit_test_batches",
-            "limit_predict_batches",
-            "overfit_batches",
-            "val_check_interval",
-        )
-    ),
-    Range("lightning.callbacks.*.params.batch_frequency", _at_least(1), "at least 1 (steps between pictures)"),
-    Range("lightning.callbacks.*.params.max_images", _at_least(1), "at least 1"),
-    Range("lightning.modelcheckpoint.params.save_top_k", _at_least(-1), "0 or more, or -1 for all"),
-    Range("lightning.modelcheckpoint.params.every_n_epochs", _at_least(0), "0 (off) or more"),
-    Range("lightning.modelcheckpoint.params.every_n_train_steps", _at_least(0), "0 (off) or more"),
-    Range("run.seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
-)
-
-
 @lru_cache(maxsize=256)
 def accepted_by(target: str) -> Accepted:
     """Read which ``params:`` keys a target takes.
@@ -251,23 +169,6 @@ def check_config(config: ConfigTree, train: bool) -> list[str]:
         One line for each problem; empty where there is none.
     """
     return _Check(config, train).all()
-
-
-def check_machine(config: ConfigTree, resuming: bool) -> list[str]:
-    """Check that what a config names is there on this machine: GPUs, folders, files.
-
-    Args:
-        config: a checked config.
-        resuming: whether a run is continued, so that the checkpoint it once started from may be gone.
-
-    Returns:
-        One line for each problem.
-    """
-    problems = [*_check_gpus(config), *_check_data_roots(config)]
-    checkpoint = config.get("run.actual_resume")
-    if isinstance(checkpoint, str) and not resuming and not os.path.isfile(checkpoint):
-        problems.append(f"{config.source('run.actual_resume')}: {_missing_checkpoint(checkpoint)}")
-    return problems
 
 
 class _Check:
@@ -345,7 +246,7 @@ class _Check:
                 "nothing to train: unfreeze_model and cond_stage_trainable are both false; set one to true",
             )
         rate = self.config.get("model.params.model_lr")
-        if trained["unfreeze_model"] is True and fits(rate, float) and not _above_zero(rate):
+        if trained["unfreeze_model"] is True and fits(rate, float) and not above_zero(rate):
             self.add(
                 "model.params.model_lr",
                 f"{rate} is out of range; it must be above 0, such as 1.0e-06 (without it, base_learning_rate is used)",
@@ -620,78 +521,3 @@ def _meant(value: Any, annotation: Any) -> str | None:
     if isinstance(value, float) and value.is_integer() and "a whole number" in wanted:
         return f"write {int(value)}"
     return None
-
-
-def _check_gpus(config: ConfigTree) -> list[str]:
-    """Check that the GPUs that are asked for are there."""
-    accelerator = config.get("lightning.trainer.accelerator")
-    if accelerator not in ("gpu", "cuda"):
-        return []
-    path = "lightning.trainer.devices" if config.has("lightning.trainer.devices") else "lightning.trainer.accelerator"
-    source = config.source(path)
-    if accelerator == "gpu" and not torch.cuda.is_available() and torch.backends.mps.is_available():
-        return []
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        return [
-            f"{source}: a GPU is asked for, but PyTorch finds no CUDA GPU on this machine; leave out --gpus and type "
-            f"--accelerator cpu to train on the CPU, or install a GPU driver and a CUDA build of PyTorch"
-        ]
-    devices = config.get("lightning.trainer.devices")
-    if isinstance(devices, list):
-        absent = [number for number in devices if number not in range(count)]
-        if absent:
-            return [
-                f"{source}: there is no GPU {', '.join(map(str, absent))}; this machine has {count}, numbered from 0: "
-                f"type --gpus 0, for the first, or --devices N for a number of them"
-            ]
-    elif isinstance(devices, int) and devices > count:
-        return [f"{source}: devices: {devices} GPUs are asked for, this machine has {count}; type --devices {count}"]
-    return []
-
-
-def _check_data_roots(config: ConfigTree) -> list[str]:
-    """Check that the data folders exist, naming each once."""
-    problems: dict[str, str] = {}
-    for path in (f"data.params.{name}.params.data_root" for name in DATASETS):
-        root = config.get(path)
-        if not isinstance(root, str) or not root or root in problems or os.path.isdir(root):
-            continue
-        source = config.source(path)
-        if os.path.exists(root):
-            problems[root] = f"{source}: data_root {root} is a file; name the folder that holds your subfolders"
-        else:
-            problems[root] = f"{source}: data_root {root} does not exist{_folder_hint(root)}"
-    return list(problems.values())
-
-
-def _folder_hint(root: str) -> str:
-    """Propose the folder that a missing one may have meant."""
-    parent = Path(root).parent
-    folders = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    for folder in folders:
-        rest = Path(root).name.removeprefix(folder)
-        if rest != Path(root).name and (parent / folder / rest).is_dir():
-            return (
-                f"; did you mean {(parent / folder / rest).as_posix()}? (this shell takes back slashes away: type "
-                f"slashes)"
-            )
-    match = nearest(Path(root).name, folders)
-    if match is not None:
-        return f"; did you mean {(parent / match).as_posix()}?"
-    return "; name the folder that holds your subfolders of pictures"
-
-
-def _missing_checkpoint(path: str) -> str:
-    """Explain a checkpoint that is not a file."""
-    if os.path.isdir(path):
-        last = Path(path, "checkpoints", "last.ckpt")
-        if last.is_file():
-            return f"actual_resume {path} is a folder; did you mean {last.as_posix()}? (-r {path} continues that run)"
-        return f"actual_resume {path} is a folder; name a .ckpt or .safetensors file"
-    parent = Path(path).parent
-    beside = [entry.name for entry in parent.glob("*") if entry.suffix in (".ckpt", ".safetensors")]
-    match = nearest(Path(path).name, beside)
-    if match is not None:
-        return f"actual_resume {path} does not exist; did you mean {(parent / match).as_posix()}?"
-    return f"actual_resume {path} does not exist; name a .ckpt or .safetensors file (or leave it out: random weights)"
