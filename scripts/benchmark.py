@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     figures: dict[str, list[dict[str, Any]]] = {}
     for name in plan(options):
-        print(f"measuring {name.rstrip(':')} …", flush=True)
+        print(f"measuring {name.rstrip(':')} ...", flush=True)
         figures.setdefault(name, []).append(measure_apart(name, arguments))
     card = figures.pop(f"{CARD}:")[0]
     rows = [summarise(name, rounds, card) for name, rounds in figures.items()]
