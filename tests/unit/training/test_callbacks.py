@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.training.callbacks import model_checkpoint_params
+from ldm.training.checkpoint_io import StreamingCheckpointIO
+from tests.unit.training.toy import ToyDiffusion
+from tests.unit.training.toy_run import ToyRun, prepare_toy_run, toy_run
+
+
+def names(run: ToyRun) -> list[str]:
+    return sorted(path.name for path in run.directory.checkpoints.iterdir())
+
+
+def saving(**params: Any) -> dict[str, Any]:
+    return {"lightning": {"modelcheckpoint": {"params": params}}}
+
+
+def step_of(path: Path) -> int:
+    return int(torch.load(path, weights_only=True)["global_step"])
+
+
+def failing_run(folder: Path, pictures: Path, model: ToyDiffusion, match: str = "the toy broke") -> ToyRun:
+    run, data = prepare_toy_run(folder, pictures, model=model)
+    with pytest.raises(RuntimeError, match=match):
+        run.trainer.fit(run.model, datamodule=data)
+    return run
+
+
+def test_every_epoch_leaves_a_checkpoint_and_last_ckpt_is_the_newest(pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures)
+    assert names(run) == ["epoch=00-step=00006.ckpt", "epoch=01-step=00012.ckpt", "last.ckpt"]
+    assert os.path.samefile(run.last, run.directory.checkpoints / "epoch=01-step=00012.ckpt")
+
+
+def test_last_ckpt_is_kept_up_to_date_when_only_the_best_is_kept(pictures: Path, tmp_path: Path) -> None:
+    class GetsWorse(ToyDiffusion):
+        def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+            self.log("val/loss", float(self.current_epoch), batch_size=len(batch["image"]))
+
+    run = toy_run(tmp_path, pictures, model=GetsWorse(monitor="val/loss"), **saving(save_top_k=1, save_last=False))
+    assert names(run) == ["epoch=00-step=00006.ckpt", "last.ckpt"]
+    assert step_of(run.last) == 12
+
+
+def test_the_best_checkpoints_are_kept_by_the_models_monitor(pictures: Path, tmp_path: Path) -> None:
+    class GetsBetterThenWorse(ToyDiffusion):
+        def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+            self.log("val/loss", [3.0, 1.0, 2.0][self.current_epoch], batch_size=len(batch["image"]))
+
+    model = GetsBetterThenWorse(monitor="val/loss")
+    run = toy_run(tmp_path, pictures, model=model, max_epochs=3, **saving(save_top_k=2))
+    assert names(run) == ["epoch=01-step=00012.ckpt", "epoch=02-step=00018.ckpt", "last.ckpt"]
+
+
+def test_checkpoints_can_be_made_every_few_epochs(pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures, max_epochs=5, **saving(every_n_epochs=2))
+    assert names(run) == ["epoch=01-step=00012.ckpt", "epoch=03-step=00024.ckpt", "last.ckpt"]
+    assert step_of(run.last) == 30
+
+
+def test_checkpoints_can_be_made_every_few_steps(pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures, **saving(every_n_train_steps=5, save_top_k=-1))
+    assert names(run) == ["epoch=00-step=00005.ckpt", "epoch=01-step=00010.ckpt", "last.ckpt"]
+    assert step_of(run.last) == 12
+
+
+def test_checkpoints_are_made_in_epochs_without_validation(pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures, check_val_every_n_epoch=2, model=ToyDiffusion(monitor="val/loss"))
+    assert "epoch=01-step=00012.ckpt" in names(run)
+    assert step_of(run.last) == 12
+
+
+def test_a_name_in_the_yaml_is_followed(pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures, max_epochs=1, **saving(filename="{epoch:03d}-{global_step:.0f}-mine"))
+    assert any(name.startswith("epoch=000-global_step=") and name.endswith("-mine.ckpt") for name in names(run))
+
+
+def test_without_validation_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    params = model_checkpoint_params({}, "val/loss_simple_ema", validates=False, folder=tmp_path)
+    assert (params["monitor"], params["mode"], params["save_top_k"]) == ("step", "max", 3)
+
+
+def test_a_monitor_in_the_yaml_wins_over_the_models(tmp_path: Path) -> None:
+    params = model_checkpoint_params({"monitor": "val/loss"}, "val/loss_simple_ema", validates=True, folder=tmp_path)
+    assert params["monitor"] == "val/loss"
+
+
+def test_a_failure_is_shown_and_leaves_what_was_reached(pictures: Path, tmp_path: Path) -> None:
+    run = failing_run(tmp_path, pictures, ToyDiffusion(fail_at_step=4))
+    assert step_of(run.last) == 4
+
+
+def test_a_failure_in_the_first_step_leaves_no_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    run = failing_run(tmp_path, pictures, ToyDiffusion(fail_at_step=0))
+    assert names(run) == []
+
+
+def test_weights_that_blew_up_do_not_replace_last_ckpt(pictures: Path, tmp_path: Path) -> None:
+    class BlowsUp(ToyDiffusion):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+            if self.global_step == 8:
+                torch.nn.init.constant_(self.model[0].weight, float("nan"))
+                raise RuntimeError("the toy broke")
+            return super().training_step(batch, batch_idx)
+
+    run = failing_run(tmp_path, pictures, BlowsUp())
+    assert step_of(run.last) == 6
+
+
+def test_a_failure_to_save_does_not_hide_the_failure_before_it(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(StreamingCheckpointIO, "save_checkpoint", refuse)
+    failing_run(tmp_path, pictures, ToyDiffusion(fail_at_step=4))
+    assert "disk full" in caplog.text
+
+
+def test_a_disk_that_is_full_ends_the_run_with_the_files_name(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(checkpoint: object, stream: object) -> None:
+        raise RuntimeError("file write failed")
+
+    run, data = prepare_toy_run(tmp_path, pictures)
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="epoch=00-step=00006.ckpt"):
+        run.trainer.fit(run.model, datamodule=data)
+
+
+def test_a_checkpoint_holds_step_weights_and_optimiser_and_loads_safely(pictures: Path, tmp_path: Path) -> None:
+    content = torch.load(toy_run(tmp_path, pictures).last, weights_only=True)
+    assert content["global_step"] == 12
+    assert "model.0.weight" in content["state_dict"]
+    assert content["optimizer_states"][0]["state"]

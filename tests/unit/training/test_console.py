@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+
+from ldm.training.console import console
+
+log = logging.getLogger("ldm.somewhere")
+
+
+def test_messages_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with console(rank=0, debug=False):
+        log.info("images: %d", 3)
+        log.debug("hidden")
+    assert capsys.readouterr().out == "images: 3\n"
+
+
+def test_warnings_say_that_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with console(rank=0, debug=False):
+        log.warning("left out")
+    assert capsys.readouterr().out == "warning: left out\n"
+
+
+def test_other_processes_of_a_run_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with console(rank=1, debug=False):
+        log.info("images: 3")
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_is_left_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    handlers, level = list(logging.getLogger("ldm").handlers), logging.getLogger("ldm").level
+    with console(rank=0, debug=True):
+        pass
+    assert (list(logging.getLogger("ldm").handlers), logging.getLogger("ldm").level) == (handlers, level)
+
+
+@pytest.mark.parametrize(("debug", "count"), [(False, 0), (True, 1)])
+def test_settled_warnings_are_shown_only_for_debugging(debug: bool, count: int) -> None:
+    text = "The 'val_dataloader' does not have many workers which may be a bottleneck. Consider more."
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with console(rank=0, debug=debug):
+            warnings.warn(text, stacklevel=1)
+    assert len(seen) == count
