@@ -24,6 +24,8 @@ SETTLED_WARNINGS: Final = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*Trying to infer the `batch_size` from an ambiguous collection.*",
     r".*GPU available but not used.*",
+    r".*Total length of `list` across ranks is zero.*",
+    r".*`max_epochs` was not set.*",
 )
 
 

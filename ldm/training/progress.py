@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 RECENT_BATCHES: Final = 50
 BAR_SECONDS: Final = 0.5
 LINE_SECONDS: Final = 30.0
-BAR_FORMAT: Final = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+BAR_FORMAT: Final = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
 
 
 def format_duration(seconds: float) -> str:
@@ -194,16 +194,19 @@ class RunProgress(ProgressBar):
 
     def _show_bar(self, trainer: pl.Trainer, batches_done: int) -> None:
         """The state as a bar."""
+        # The figures are part of the format: tqdm would set a comma before a postfix.
+        shape = f"{BAR_FORMAT}  {self._figures(trainer, batches_done)}"
         if self._bar is None:
             self._bar = tqdm(
+                desc=self._epoch_label(trainer),
+                initial=batches_done,
                 total=int(trainer.num_training_batches),
-                bar_format=BAR_FORMAT,
+                bar_format=shape,
                 file=sys.stdout,
                 dynamic_ncols=True,
-                leave=True,
             )
-        self._bar.set_description_str(self._epoch_label(trainer), refresh=False)
-        self._bar.set_postfix_str(f" {self._figures(trainer, batches_done)}", refresh=False)
+            return
+        self._bar.bar_format = shape
         self._bar.n = batches_done
         self._bar.refresh()
 

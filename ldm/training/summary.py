@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Timer
 from torch import nn
 
 PART_NAMES: Final = {"model": "UNet", "first_stage_model": "VAE", "cond_stage_model": "text encoder"}
+
+LIGHTNINGS_EPOCHS: Final = 1000
+"""Where Lightning ends a run for which neither epochs nor steps nor time are limited."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,22 @@ def plan_steps(trainer: pl.Trainer, training_batches: int, validation_batches: i
         The plan.
     """
     overfit = getattr(trainer, "overfit_batches", 0) or None
+    epochs = trainer.max_epochs
+    is_unlimited = trainer.max_steps == -1 and not any(isinstance(c, Timer) for c in _callbacks(trainer))
+    if epochs is None and is_unlimited:
+        epochs = LIGHTNINGS_EPOCHS
     return StepPlan(
         training=limited_batches(training_batches, overfit if overfit is not None else trainer.limit_train_batches),
         validation=limited_batches(validation_batches, overfit if overfit is not None else trainer.limit_val_batches),
         accumulate=trainer.accumulate_grad_batches,
-        epochs=trainer.max_epochs if trainer.max_epochs not in (None, -1) else None,
+        epochs=epochs if epochs != -1 else None,
         max_steps=trainer.max_steps if trainer.max_steps != -1 else None,
     )
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """List a trainer's callbacks."""
+    return getattr(trainer, "callbacks", [])
 
 
 @dataclass(frozen=True)
