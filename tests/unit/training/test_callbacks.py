@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_ends_the_run_with_the_files_name(
 
     run, data = prepare_toy_run(tmp_path, pictures)
     monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match="epoch=00-step=00006.ckpt"):
+    with pytest.raises(OSError, match=r"epoch=00-step=00006\.ckpt"):
         run.trainer.fit(run.model, datamodule=data)
 
 

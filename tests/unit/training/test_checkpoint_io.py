@@ -42,7 +42,7 @@ def test_a_failed_write_names_the_file_and_keeps_the_previous_one(
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match="a.ckpt.*file write failed"):
+    with pytest.raises(OSError, match=r"a\.ckpt.*file write failed"):
         StreamingCheckpointIO().save_checkpoint(CHECKPOINT, path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
     assert path.read_bytes() == b"previous"

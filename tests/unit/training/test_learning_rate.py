@@ -23,5 +23,5 @@ def test_the_arithmetic_names_each_factor() -> None:
 
 @pytest.mark.parametrize("base", [0.0, -1e-6, float("nan")])
 def test_a_rate_that_is_not_above_0_is_an_error_that_names_the_key(base: float) -> None:
-    with pytest.raises(ValueError, match="model.base_learning_rate"):
+    with pytest.raises(ValueError, match=r"model\.base_learning_rate"):
         scaled_learning_rate(base, scale=False, accumulate=1, devices=1, batch_size=1)
