@@ -90,12 +90,12 @@ class CrossAttention(nn.Module):
         """
         context = x if context is None else context
         q, k, v = (
-            rearrange(projected, "b n (h d) -> b h n d", h=self.heads)
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        )  # each (B, heads, N or L, dim_head)
         visible = None if mask is None else mask.reshape(mask.shape[0], 1, 1, -1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -193,11 +193,11 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Transform a (B, C, H, W) feature map under a (B, L, context_dim) context."""
-        height = x.shape[2]
-        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        # Contiguous both ways: a transposed view would pass for the channels-last layout in what follows.
+        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # (B, H * W, inner_dim)
         for block in self.transformer_blocks:
             tokens = block(tokens, context=context)
-        return self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height)) + x
+        return self.proj_out(tokens.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous()) + x
 
 
 class SpatialSelfAttention(nn.Module):

@@ -29,6 +29,11 @@ from ldm.util import instantiate_from_config, mean_flat
 Batch = Mapping[str, Any]
 
 
+def _move(draw: Tensor, device: torch.device) -> Tensor:
+    """Move a draw from the CPU without waiting for the device, as copying from pageable memory would."""
+    return draw.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draw.to(device)
+
+
 class DiffusionWrapper(pl.LightningModule):
     """Hands the network its condition in the way the model was built for.
 
@@ -484,7 +489,7 @@ class DDPM(pl.LightningModule):
             return self._random_timesteps(x), torch.randn_like(x)
         t = exposure.randint("timestep", exposures, self.num_timesteps)
         noise = exposure.randn("noise", exposures, x.shape[1:])
-        return t.to(x.device, non_blocking=True), noise.to(x.device, non_blocking=True)
+        return _move(t, x.device), _move(noise, x.device)
 
     def get_input(self, batch: Batch, k: str) -> Any:
         """Take pictures or maps from a batch: (B, H, W) or (B, H, W, C) -> float32 (B, C, H, W)."""
@@ -507,6 +512,14 @@ class DDPM(pl.LightningModule):
         positions = torch.arange(size) + (self.global_rank << 32)
         seed, epoch = (int(os.environ.get("PL_GLOBAL_SEED", "0")), self.current_epoch) if self.training else (0, 0)
         return torch.stack([exposure.exposure_row(seed, epoch, batch_idx, int(position)) for position in positions])
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch to the device, but for its exposure keys: fetching those back would wait for the device."""
+        if not isinstance(batch, Mapping) or "exposure" not in batch:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        rest = {name: value for name, value in batch.items() if name != "exposure"}
+        moved = super().transfer_batch_to_device(rest, device, dataloader_idx)
+        return {**moved, "exposure": batch["exposure"]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute and log a batch's loss."""
@@ -597,8 +610,10 @@ class DDPM(pl.LightningModule):
         return trainer is None or trainer.precision != "16-mixed" or not trainer.gradient_clip_val
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take an optimiser step, then move the averaged weights towards the new ones."""
+        """Take an optimiser step, free its gradients, and move the averaged weights towards the new ones."""
         super().optimizer_step(*args, **kwargs)
+        # Lightning frees them after the next forward pass, whose activations then need room beside them.
+        self.zero_grad(set_to_none=True)
         if self.use_ema:
             self.model_ema(self.model)
 
@@ -788,9 +803,7 @@ class LatentDiffusion(DDPM):
         posterior = self.encode_first_stage(x)
         noise = None
         if exposures is not None and isinstance(posterior, DiagonalGaussianDistribution):
-            noise = exposure.randn("posterior", exposures[:bs], posterior.mean.shape[1:]).to(
-                x.device, non_blocking=True
-            )
+            noise = _move(exposure.randn("posterior", exposures[:bs], posterior.mean.shape[1:]), x.device)
         z = self.get_first_stage_encoding(posterior, noise).detach()
 
         c = xc = None
@@ -849,7 +862,7 @@ class LatentDiffusion(DDPM):
         if exposures is None:
             noise = torch.randn_like(cond.float())
         else:
-            noise = exposure.randn("condition_noise", exposures, cond.shape[1:]).to(cond.device, non_blocking=True)
+            noise = _move(exposure.randn("condition_noise", exposures, cond.shape[1:]), cond.device)
         return self.q_sample(cond, self.cond_ids[t], noise)
 
     @torch.no_grad()
