@@ -119,7 +119,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)
+    with path.open("rb"):
+        is_zip = zipfile.is_zipfile(path)  # opened: an OSError from here on is one of reading a damaged file
     inert = [name for name in _unsafe_names(path) if name.startswith(_INERT_PACKAGES)]
     context = torch.serialization.safe_globals([(_Inert, name) for name in inert]) if inert else nullcontext()
     try:
@@ -134,7 +135,7 @@ def _read_pickle(path: Path) -> Any:
             f"checkpoint '{path}' was refused: it holds more than weights ({_first(names)}), and reading it could "
             "run code; get the file as .safetensors, or from a source that stores weights alone"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint '{path}' is damaged, truncated or no checkpoint file; copy it again") from error
 
 
@@ -142,7 +143,7 @@ def _unsafe_names(path: Path) -> list[str]:
     """List what a zipped checkpoint would have imported; nothing for the old unzipped format."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return []
 
 
