@@ -236,6 +236,10 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
     begin = next(callback for callback in trainer.callbacks if isinstance(callback, Beginning))  # type: ignore[attr-defined]
     try:
         trainer.fit(model, datamodule=data, ckpt_path=run.checkpoint)
+    except Interrupted:
+        if run.directory.last_checkpoint.exists():
+            logger.info("to continue: python main.py -t -r %s", run.directory.path)
+        raise
     except Exception as error:
         if run.signals.requested is not None:
             # Ctrl-C ends the loader processes too, and their absence is an error to whoever awaits a batch.
@@ -243,6 +247,9 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
             raise Interrupted(run.signals.requested) from error
         if _is_out_of_memory(error):
             raise MemoryError(_out_of_memory_advice(run, error)) from error
+        if not begin.has_begun and run.checkpoint is not None and "loading state_dict" in str(error):
+            reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"checkpoint {run.checkpoint} does not fit the model: {reason[:300]}") from error
         if isinstance(error, (OSError, MisconfigurationException)) or not begin.has_begun:
             raise
         raise TrainingError(
