@@ -84,7 +84,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
         self._saved: tuple[int, int, int] | None = None
-        self._first_step = 0
+        self._first_step: int | None = None
         self._seen_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,7 +130,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end."""
         self.signals.deferred = False
-        if trainer.global_step > self._first_step:
+        if self._has_progressed(trainer):
             self.save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -138,7 +138,7 @@ class LastCheckpoint(Checkpoint):
         self.signals.deferred = False
         if isinstance(exception, Interrupted) or trainer.state.fn != TrainerFn.FITTING:
             return
-        if trainer.global_step <= self._first_step:
+        if not self._has_progressed(trainer):
             return
         if trainer.world_size > 1:
             logger.warning("%s stays as it was: the other devices may not answer any more", self.path)
@@ -148,7 +148,7 @@ class LastCheckpoint(Checkpoint):
                 logger.error("%s stays as it was: the model's weights are no longer finite numbers", self.path)
                 return
             self.save(trainer)
-            logger.info("saved the run up to step %d as %s", trainer.global_step, self.path)
+            logger.info("saved step %d as %s", trainer.global_step, self.path)
         except Exception as error:  # noqa: BLE001 - whatever this is, it must not hide the failure in flight
             logger.error("%s could not be saved: %s", self.path, error)
 
@@ -166,7 +166,7 @@ class LastCheckpoint(Checkpoint):
         loop: Any = trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
         now = (trainer.global_step, epochs.processed, batches.processed)
-        if self._saved == now and self.path.exists():
+        if self._saved == now:
             return
         # The regular checkpoint of this very moment has just been written: the same content needs no second copy.
         source = self.checkpoint_io.newest_path
@@ -184,6 +184,10 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path, weights_only=False)
         self._saved = now
 
+    def _has_progressed(self, trainer: pl.Trainer) -> bool:
+        """Tell whether training has begun, and made a step since."""
+        return self._first_step is not None and trainer.global_step > self._first_step
+
     def _asked_to_stop(self, trainer: pl.Trainer) -> bool:
         """Tell whether any of the run's processes got a signal, in all of them alike."""
         asked = self.signals.requested is not None
@@ -199,6 +203,7 @@ class LastCheckpoint(Checkpoint):
     def _save_and_stop(self, trainer: pl.Trainer) -> None:
         """Save, then leave the training loop."""
         self.save(trainer)
+        logger.info("saved step %d as %s", trainer.global_step, self.path)
         self.signals.deferred = False
         raise Interrupted(self.signals.requested or signal.SIGINT)
 

@@ -250,6 +250,11 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
         if not begin.has_begun and run.checkpoint is not None and "loading state_dict" in str(error):
             reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
             raise ValueError(f"checkpoint {run.checkpoint} does not fit the model: {reason[:300]}") from error
+        if not begin.has_begun and isinstance(error, MisconfigurationException) and "max_epochs" in str(error):
+            raise ValueError(
+                f"checkpoint {run.checkpoint} lies beyond lightning.trainer.max_epochs={trainer.max_epochs};"
+                " raise that to go on"
+            ) from error
         if isinstance(error, (OSError, MisconfigurationException)) or not begin.has_begun:
             raise
         raise TrainingError(

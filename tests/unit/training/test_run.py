@@ -134,8 +134,17 @@ def test_fewer_epochs_than_a_run_has_done_are_told_in_one_line(
 ) -> None:
     assert main([*command, "--max_epochs", "3"]) == 0
     capsys.readouterr()
-    assert main(["-t", "-r", str(run_folder()), "--max_epochs", "1"]) in (0, 2)
-    assert "Traceback" not in capsys.readouterr().err
+    assert main(["-t", "-r", str(run_folder()), "--max_epochs", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "max_epochs=1" in line
+
+
+def test_a_failed_continuation_leaves_the_checkpoint_alone(command: list[str]) -> None:
+    assert main([*command, "--max_epochs", "3"]) == 0
+    last = run_folder() / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    assert main(["-t", "-r", str(run_folder()), "--max_epochs", "1"]) == 2
+    assert last.read_bytes() == before
 
 
 def test_a_refused_run_leaves_no_folder(command: list[str]) -> None:
