@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import sys
 import time
 from collections import deque
@@ -117,6 +118,8 @@ class RunProgress(ProgressBar):
         self._seconds_per_validation = time.monotonic() - self._validation_began
         self._restart_clock()
         if self._enabled and trainer.state.fn == "fit":
+            if self._bar is not None:
+                self._bar.set_description_str(self._epoch_label(trainer), refresh=False)
             self._close_bar()
             logger.info(
                 "%s  validation %s  took %s",
@@ -194,6 +197,8 @@ class RunProgress(ProgressBar):
 
     def _show_bar(self, trainer: pl.Trainer, batches_done: int) -> None:
         """The state as a bar."""
+        # Not tqdm's own measure, which shows nothing on terminals that do not tell their size.
+        columns, rows = shutil.get_terminal_size()
         # The figures are part of the format: tqdm would set a comma before a postfix.
         shape = f"{BAR_FORMAT}  {self._figures(trainer, batches_done)}"
         if self._bar is None:
@@ -203,9 +208,11 @@ class RunProgress(ProgressBar):
                 total=int(trainer.num_training_batches),
                 bar_format=shape,
                 file=sys.stdout,
-                dynamic_ncols=True,
+                ncols=columns,
+                nrows=rows,
             )
             return
+        self._bar.ncols = columns
         self._bar.bar_format = shape
         self._bar.n = batches_done
         self._bar.refresh()
