@@ -257,3 +257,28 @@ def test_without_a_test_set_nothing_is_tested(
 def test_the_tiny_config_is_shown_with_the_origin_of_each_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--base", str(TINY), "--print_config", "data.params.batch_size=3"]) == 0
     assert re.search(r"batch_size: 3 +# override", capsys.readouterr().out)
+
+
+# --- several devices ---------------------------------------------------------------------------------------
+
+TWO_DEVICES = """
+model: {base_learning_rate: 0.01, target: tests.unit.training.toy.ToyDiffusion}
+data:
+  target: main.DataModuleFromConfig
+  params:
+    batch_size: 2
+    num_workers: 0
+    train: {target: ldm.data.every_dream.EveryDreamBatch, params: {size: 16, repeats: 2}}
+lightning: {trainer: {max_epochs: 2, accelerator: cpu, devices: 2}}
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the processes' library for CPUs is not built there")
+def test_two_devices_share_a_run_and_its_folder(workplace: Path, tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_DEVICES)
+    process = start("-b", "two.yaml", "-t", "-n", "two", "--data_root", str(workplace / "MyProject"), cwd=tmp_path)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert output.count("training steps per epoch: 2\n") == 1
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert FinishedRun(folder).last["global_step"] == 4
