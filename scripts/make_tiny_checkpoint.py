@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,7 +34,8 @@ def make_tiny_checkpoint(config: Path, out: Path, seed: int) -> int:
         The number of parameters.
     """
     torch.manual_seed(seed)
-    model = instantiate_from_config(OmegaConf.to_container(OmegaConf.load(config).model, resolve=True))
+    section: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(config).model, resolve=True)  # type: ignore[assignment]
+    model = instantiate_from_config(section)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".tmp")
     torch.save({"state_dict": model.state_dict(), "global_step": 0}, unfinished)
