@@ -33,7 +33,8 @@ DEFAULT_TRAINER: Final[Mapping[str, Any]] = {
     # validation costs minutes.
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
-    "log_every_n_steps": 1,
+    # Each time waits for the device to finish the step.
+    "log_every_n_steps": 10,
 }
 
 

@@ -26,6 +26,7 @@ SMALL = [
     "data.params.train.params.repeats=2",
     "data.params.validation.params.size=32",
     "lightning.callbacks.image_logger.params.disabled=true",
+    "lightning.trainer.log_every_n_steps=1",
 ]
 """Four pictures, two repeats, batches of two: four steps an epoch, a tenth of a second each."""
 
