@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import logging
+import sys
 import warnings
 
 import pytest
@@ -44,3 +46,22 @@ def test_settled_warnings_are_shown_only_for_debugging(debug: bool, count: int) 
         with console(rank=0, debug=debug):
             warnings.warn(text, stacklevel=1)
     assert len(seen) == count
+
+
+def test_a_letter_that_the_console_lacks_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True))
+    with console(rank=0, debug=False):
+        log.info("left out: 猫.jpg, é.jpg")
+    assert written.getvalue().decode("cp1252").strip() == "left out: ?.jpg, é.jpg"
+
+
+def test_output_that_nobody_reads_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    with console(rank=0, debug=False):
+        log.info("images: 3")
