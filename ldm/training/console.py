@@ -30,18 +30,27 @@ SETTLED_WARNINGS: Final = (
 )
 
 
-class ConsoleHandler(logging.StreamHandler):
-    """Writes records to whatever standard output is at the time, without tearing a progress bar apart."""
+class ConsoleHandler(logging.Handler):
+    """Writes records to whatever standard output is at the time, without tearing a progress bar apart.
+
+    A run does not end because the console's code page lacks a letter of a file name, or because whoever
+    read its output has gone.
+    """
 
     def __init__(self) -> None:
-        super().__init__(sys.stdout)
+        super().__init__()
         self.setFormatter(_LevelFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
-        self.stream = sys.stdout
-        with tqdm.external_write_mode(file=sys.stdout):
-            super().emit(record)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        text = self.format(record).encode(encoding, "replace").decode(encoding)
+        try:
+            with tqdm.external_write_mode(file=sys.stdout):
+                sys.stdout.write(f"{text}\n")
+                sys.stdout.flush()
+        except OSError:
+            return  # nobody is there to be told
 
 
 class _LevelFormatter(logging.Formatter):

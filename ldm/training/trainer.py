@@ -62,13 +62,15 @@ def build_trainer(
     Raises:
         ValueError: if an argument is wrong or a device is not there.
     """
-    arguments: dict[str, Any] = {**DEFAULT_TRAINER, **(lightning.get("trainer") or {})}
+    arguments: dict[str, Any] = dict(lightning.get("trainer") or {})
+    if not arguments.get("barebones"):  # which takes no such argument
+        arguments = {**DEFAULT_TRAINER, **arguments}
     checkpoint_io = StreamingCheckpointIO()
     arguments.update(
         default_root_dir=str(run_directory.path),
         use_distributed_sampler=False,  # the data module shares the pictures out itself
         plugins=[*_as_list(arguments.get("plugins")), checkpoint_io],
-        logger=_build_logger(lightning.get("logger"), run_directory) if arguments.get("logger", True) else False,
+        logger=_build_logger(lightning.get("logger"), run_directory) if _wants_logger(arguments) else False,
     )
     arguments["callbacks"] = _build_callbacks(
         lightning, run_directory, signals, checkpoint_io, arguments, batch_size, monitor, validates
@@ -85,6 +87,11 @@ def _strategy(arguments: Mapping[str, Any], find_unused_parameters: bool) -> dic
     if arguments.get("strategy") != "ddp" and not _asks_for_several(arguments):
         return {}
     return {"strategy": DDPStrategy(find_unused_parameters=find_unused_parameters)}
+
+
+def _wants_logger(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether curves are to be written."""
+    return bool(arguments.get("logger", True)) and not arguments.get("barebones")
 
 
 def _asks_for_several(arguments: Mapping[str, Any]) -> bool:

@@ -62,6 +62,5 @@ def test_output_that_nobody_reads_does_not_end_a_run(monkeypatch: pytest.MonkeyP
             raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stdout", Gone())
-    monkeypatch.setattr(logging, "raiseExceptions", False)
     with console(rank=0, debug=False):
         log.info("images: 3")
