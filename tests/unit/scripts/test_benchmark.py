@@ -134,6 +134,12 @@ def test_the_peer_has_our_number_of_parameters(tmp_path: Path, words: tuple[str,
     assert benchmark_sides.count_parameters(**ours) == benchmark_sides.count_parameters(**theirs)
 
 
+def test_the_peer_has_the_configured_number_of_attention_heads(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        peer = benchmark_diffusers.build_parts(model_params(parse(), tmp_path))
+    assert {module.heads for name, module in peer.unet.named_modules() if name.endswith(("attn1", "attn2"))} == {8}
+
+
 def test_checkpointing_is_changed_only_where_asked_for(tmp_path: Path) -> None:
     for words, expected in (((), True), (("--gradient_checkpointing", "off"), False)):
         params = model_params(parse(*words), tmp_path)
@@ -149,10 +155,11 @@ def test_every_synthetic_batch_has_exposures_of_its_own() -> None:
 
 
 def test_the_clock_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 106.0])
-    monkeypatch.setattr(benchmark_sides.time, "perf_counter", lambda: next(now))
     clock = benchmark_sides.StepClock(torch.device("cpu"), warmup=2, steps=3)
-    for _ in range(5):
+    # Steps of the warm-up end after 100 s and 200 s, the timed ones 2 s apart.
+    ends = [100.0, 200.0, 202.0, 204.0, 206.0]
+    monkeypatch.setattr(benchmark_sides.time, "perf_counter", lambda: ends[clock.done - 1])
+    for _ in ends:
         clock.step(torch.tensor(1.0))
     assert clock.figures(batch_size=6)["seconds_per_step"] == pytest.approx(2.0)
 

@@ -85,6 +85,15 @@ def test_a_run_without_its_results_is_a_failure(
     assert "the run ended without" in capsys.readouterr().err
 
 
+def test_an_earlier_run_is_not_taken_for_this_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_run(root / "logs")
+    monkeypatch.setattr(quickstart, "run_live", lambda command: 0)
+    assert quickstart.main([]) == 1
+    assert "the run left no folder" in capsys.readouterr().err
+
+
 def test_an_environment_that_cannot_be_made_is_told_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
