@@ -133,10 +133,11 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
         self.checkpoint = checkpoint
+        self.dropout = dropout
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Transform (B, N, dim) tokens under a (B, L, context_dim) context."""
-        return checkpoint(self._forward, (x, context), flag=self.checkpoint)
+        return checkpoint(self._forward, (x, context), flag=self.checkpoint, draws_random=self.dropout > 0)
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.attn1(self.norm1(x), context if self.disable_self_attn else None) + x

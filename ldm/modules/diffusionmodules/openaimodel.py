@@ -136,6 +136,7 @@ class ResBlock(TimestepBlock):
         self.out_channels = out_channels
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
+        self.dropout = dropout
         self.updown = up or down
 
         self.in_layers = nn.Sequential(
@@ -164,7 +165,7 @@ class ResBlock(TimestepBlock):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Apply the block to (B, C, H, W) features under a (B, E) embedding."""
-        return checkpoint(self._forward, (x, emb), flag=self.use_checkpoint)
+        return checkpoint(self._forward, (x, emb), flag=self.use_checkpoint, draws_random=self.dropout > 0)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         in_norm, activation, in_conv = self.in_layers
@@ -218,7 +219,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the positions of (B, C, ...)."""
-        return checkpoint(self._forward, (x,), flag=self.use_checkpoint)
+        return checkpoint(self._forward, (x,), flag=self.use_checkpoint, draws_random=False)
 
     def _forward(self, x: Tensor) -> Tensor:
         batch, channels, *spatial = x.shape

@@ -183,7 +183,11 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
 
 
 def checkpoint(
-    func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Tensor] | None = None, flag: bool = True
+    func: Callable[..., Any],
+    inputs: Sequence[Any],
+    params: Iterable[Tensor] | None = None,
+    flag: bool = True,
+    draws_random: bool = True,
 ) -> Any:
     """Call a function, and under ``flag`` recompute its activations in the backward pass.
 
@@ -192,6 +196,8 @@ def checkpoint(
         inputs: its positional arguments.
         params: accepted for CompVis callers; autograd finds the parameters by itself.
         flag: whether to recompute (only where a gradient is being recorded).
+        draws_random: whether the function draws random numbers (dropout), which must then come again; without,
+            the generators' states need not be saved and restored, which costs more than a small layer.
 
     Returns:
         What the function returns.
@@ -200,7 +206,7 @@ def checkpoint(
         Chen et al. 2016, arXiv 1604.06174.
     """
     if flag and torch.is_grad_enabled():
-        return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False, preserve_rng_state=draws_random)
     return func(*inputs)
 
 

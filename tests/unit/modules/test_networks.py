@@ -47,6 +47,20 @@ def test_recomputing_activations_changes_no_gradient(name):
         assert plain is None or torch.allclose(plain, recomputed, atol=1e-7)
 
 
+@pytest.mark.parametrize("transformer", [False, True])
+def test_recomputed_activations_drop_out_the_same_elements(transformer):
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
+    params = {"use_spatial_transformer": True, "context_dim": 8} if transformer else {}
+    context = torch.randn(2, 5, 8) if transformer else None
+    gradients = []
+    for use_checkpoint in (False, True):
+        model = build_unet(use_checkpoint=use_checkpoint, dropout=0.5, **params).train()
+        torch.manual_seed(7)
+        model(x, t, context=context).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.allclose(plain, recomputed, atol=1e-7) for plain, recomputed in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (5, 8)])
 def test_the_unet_takes_latents_of_any_height_and_width(size):
     model = build_unet(channel_mult=[1, 1, 1])
