@@ -26,6 +26,7 @@ SETTLED_WARNINGS: Final = (
     r".*GPU available but not used.*",
     r".*Total length of `list` across ranks is zero.*",
     r".*`max_epochs` was not set.*",
+    r".*could not find the monitored key in the returned metrics.*",  # no validation yet: last.ckpt is saved
     r".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",
 )
 
