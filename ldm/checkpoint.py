@@ -184,7 +184,10 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
     notes: list[str] = []
 
     tables = {key for key in SCHEDULE_TABLES if key in own}
-    notes += _compare_schedule(own, weights, tables, source)
+    if getattr(module, "zero_terminal_snr", False):
+        notes.append("the noise schedule is rescaled to zero terminal SNR: the file's own is not compared")
+    else:
+        notes += _compare_schedule(own, weights, tables, source)
 
     missing = [key for key in own if key not in weights and key not in tables]
     unexpected = [key for key in weights if key not in own and key not in SCHEDULE_TABLES]

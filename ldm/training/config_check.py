@@ -57,10 +57,6 @@ LATER_KEYS: Final[Mapping[str, str]] = {
     "cache_latents": "cached latents",
     "optimizer_config": "choosing the optimiser; this version trains with AdamW",
     "cond_lr": "a separate learning rate for the text encoder",
-    "min_snr_gamma": "loss weightings",
-    "noise_offset": "loss weightings",
-    "input_perturbation": "loss weightings",
-    "zero_terminal_snr": "loss weightings",
 }
 """Keys that a later version brings, by feature; asked only where the target does not take the key."""
 
@@ -86,7 +82,6 @@ _OTHER_WORDS: Final[Mapping[str, str]] = {
 
 _MODULE_KEYS: Final = ("unet_config", "first_stage_config", "cond_stage_config", "lossconfig")
 _CODER: Final = "ldm.modules.diffusionmodules.model"
-_IMAGE_ROWS: Final = "ldm.models.diffusion.image_rows.image_rows"
 
 
 @dataclass
@@ -477,9 +472,6 @@ class _Check:
         if function is None:
             return
         accepted = accepted_parameters(function)
-        if accepted.open and str(target).startswith("ldm.models.diffusion."):
-            rows = self.accepted(_IMAGE_ROWS)  # where those models hand the keywords on to
-            accepted = Accepted({**rows.parameters, **accepted.parameters}, open=rows.open)
         known = {name: found for name, found in accepted.parameters.items() if name not in ("self", "model", "batch")}
         self.bind(params, path, Accepted(known, open=accepted.open), "log_images", all_given=False)
 

@@ -110,6 +110,14 @@ class DDPM(pl.LightningModule):
         logvar_init: its initial value.
         unfreeze_model: train the network.
         model_lr: the network's learning rate; the base learning rate if None.
+        min_snr_gamma: weigh the loss by min-SNR-gamma; see :func:`~ldm.models.diffusion.loss.min_snr_weights`.
+        debiased_estimation: weigh it by :func:`~ldm.models.diffusion.loss.debiased_weights` instead.
+        offset_noise: strength of :func:`~ldm.models.diffusion.loss.offset_noise`; 0 for none.
+        input_perturbation: strength of :func:`~ldm.models.diffusion.loss.perturbed_noise`; 0 for none.
+        zero_terminal_snr: leave no signal at the last timestep; not with ``eps``, which then has nothing to learn.
+
+    Raises:
+        ValueError: unknown or contradictory settings.
 
     Attributes:
         learning_rate: base learning rate, set by the run.
@@ -164,10 +172,26 @@ class DDPM(pl.LightningModule):
         logvar_init: float = 0.0,
         unfreeze_model: bool = True,
         model_lr: float | None = None,
+        min_snr_gamma: float | None = None,
+        debiased_estimation: bool = False,
+        offset_noise: float = 0.0,
+        input_perturbation: float = 0.0,
+        zero_terminal_snr: bool = False,
     ) -> None:
         super().__init__()
         if parameterization not in gaussian_diffusion.PARAMETERIZATIONS:
             raise ValueError(gaussian_diffusion.unknown_parameterization(parameterization))
+        if min_snr_gamma is not None and debiased_estimation:
+            raise ValueError("model.params: min_snr_gamma and debiased_estimation both weigh the loss; give one")
+        if min_snr_gamma is not None and min_snr_gamma <= 0:
+            raise ValueError(f"model.params.min_snr_gamma is {min_snr_gamma}; it must be above 0 (5 is usual)")
+        for name, strength in (("offset_noise", offset_noise), ("input_perturbation", input_perturbation)):
+            if strength < 0:
+                raise ValueError(f"model.params.{name} is {strength}; it must be 0 (off) or above")
+        if zero_terminal_snr and parameterization == "eps":
+            raise ValueError(
+                "model.params.zero_terminal_snr needs parameterization v or x0: eps cannot predict x_0 there"
+            )
         self.parameterization = parameterization
         self.cond_stage_model: nn.Module | None = None
         self.clip_denoised = clip_denoised
@@ -180,6 +204,11 @@ class DDPM(pl.LightningModule):
         self.v_posterior = v_posterior
         self.original_elbo_weight = original_elbo_weight
         self.l_simple_weight = l_simple_weight
+        self.offset_noise = offset_noise
+        self.input_perturbation = input_perturbation
+        self.zero_terminal_snr = zero_terminal_snr
+        self.min_snr_gamma = min_snr_gamma
+        self.debiased_estimation = debiased_estimation
         self.scheduler_config = scheduler_config
         self.use_scheduler = scheduler_config is not None
         self.unfreeze_model = unfreeze_model
@@ -212,7 +241,14 @@ class DDPM(pl.LightningModule):
     ) -> None:
         """Compute the noise schedule and register its tables under the checkpoint's names."""
         schedule = build_noise_schedule(
-            given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s, self.v_posterior
+            given_betas,
+            beta_schedule,
+            timesteps,
+            linear_start,
+            linear_end,
+            cosine_s,
+            self.v_posterior,
+            self.zero_terminal_snr,
         )
         for name, table in schedule.tensors().items():
             self.register_buffer(name, table)
@@ -437,7 +473,12 @@ class DDPM(pl.LightningModule):
         return loss.distance(pred, target, self.loss_type, mean)
 
     def p_losses(
-        self, x_start: Tensor, cond: Condition = None, t: Tensor | None = None, noise: Tensor | None = None
+        self,
+        x_start: Tensor,
+        cond: Condition = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        shown_noise: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the training loss at given timesteps.
 
@@ -446,6 +487,7 @@ class DDPM(pl.LightningModule):
             cond: encoded condition.
             t: int64 (B,); drawn if None.
             noise: standard normals of x_start's shape; drawn if None.
+            shown_noise: what the network's input is noised with, where that shall differ from the target's noise.
 
         Returns:
             The loss, and what to log: ``loss_simple``, ``loss_vlb``, ``loss`` under ``train/`` or ``val/``.
@@ -455,12 +497,18 @@ class DDPM(pl.LightningModule):
         """
         t = self._random_timesteps(x_start) if t is None else t
         noise = torch.randn_like(x_start) if noise is None else noise
-        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        x_noisy = self.q_sample(x_start, t, noise if shown_noise is None else shown_noise)
+        output = self.apply_model(x_noisy, t, cond)
         target = gaussian_diffusion.training_target(self, self.parameterization, x_start, noise, t)
         # float32 keeps small errors apart when the network runs in half precision.
         errors = mean_flat(self.get_loss(output.float(), target.float(), mean=False))
         parts = loss.combine(
-            errors, self.logvar[t], self.lvlb_weights[t], self.l_simple_weight, self.original_elbo_weight
+            errors,
+            self.logvar[t],
+            self.lvlb_weights[t],
+            self.l_simple_weight,
+            self.original_elbo_weight,
+            self._loss_weights(t),
         )
         prefix = "train" if self.training else "val"
         logged = {f"{prefix}/loss_simple": parts.loss_simple.detach()}
@@ -470,6 +518,14 @@ class DDPM(pl.LightningModule):
         logged[f"{prefix}/loss_vlb"] = parts.loss_vlb.detach()
         logged[f"{prefix}/loss"] = parts.loss.detach()
         return parts.loss, logged
+
+    def _loss_weights(self, t: Tensor) -> Tensor | float:
+        """Give the weight of the simple loss at each timestep."""
+        if self.min_snr_gamma is not None:
+            return loss.min_snr_weights(self.alphas_cumprod[t], self.min_snr_gamma, self.parameterization)
+        if self.debiased_estimation:
+            return loss.debiased_weights(self.alphas_cumprod[t], self.parameterization)
+        return 1.0
 
     def _random_timesteps(self, x: Tensor) -> Tensor:
         return torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device).long()
@@ -481,15 +537,30 @@ class DDPM(pl.LightningModule):
             x: (B, C, H, W).
             exposures: int64 (B, 4): what timesteps and noise are drawn from; torch's generators if None.
         """
-        t, noise = self._draw_timesteps_and_noise(x, exposures)
-        return self.p_losses(x, None, t, noise)
+        t = self._draw_timesteps(x, exposures)
+        return self.p_losses(x, None, t, *self._draw_noise(x, exposures))
 
-    def _draw_timesteps_and_noise(self, x: Tensor, exposures: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _draw_timesteps(self, x: Tensor, exposures: Tensor | None) -> Tensor:
         if exposures is None:
-            return self._random_timesteps(x), torch.randn_like(x)
-        t = exposure.randint("timestep", exposures, self.num_timesteps)
-        noise = exposure.randn("noise", exposures, x.shape[1:])
-        return _move(t, x.device), _move(noise, x.device)
+            return self._random_timesteps(x)
+        return _move(exposure.randint("timestep", exposures, self.num_timesteps), x.device)
+
+    def _draw_noise(self, x: Tensor, exposures: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Draw the noise to predict, and the noise to show the network where that differs."""
+        noise, shown_noise = self._draw_normals("noise", x, exposures), None
+        if self.offset_noise > 0:
+            offsets = self._draw_normals("offset_noise", x[:, :, :1, :1], exposures)
+            noise = loss.offset_noise(noise, offsets, self.offset_noise)
+        if self.input_perturbation > 0:
+            perturbation = self._draw_normals("input_perturbation", x, exposures)
+            shown_noise = loss.perturbed_noise(noise, perturbation, self.input_perturbation)
+        return noise, shown_noise
+
+    def _draw_normals(self, purpose: str, like: Tensor, exposures: Tensor | None) -> Tensor:
+        """Draw standard normals of a tensor's shape: for each exposure, or from torch's generators."""
+        if exposures is None:
+            return torch.randn_like(like.float())
+        return _move(exposure.randn(purpose, exposures, like.shape[1:]), like.device)
 
     def get_input(self, batch: Batch, k: str) -> Any:
         """Take pictures or maps from a batch: (B, H, W) or (B, H, W, C) -> float32 (B, C, H, W)."""
@@ -628,9 +699,11 @@ class DDPM(pl.LightningModule):
         checkpoint["state_dict"] = {wrapped.get(key, key): value for key, value in stored.items()}
 
     @torch.no_grad()
-    def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
+    def log_images(
+        self, batch: Batch, N: int = 8, sample: bool = True, ddim_steps: int = 40, ddim_eta: float = 1.0
+    ) -> dict[str, Tensor]:
         """Make the picture rows to look at; see :func:`ldm.models.diffusion.image_rows.pixel_rows`."""
-        return image_rows.pixel_rows(self, batch, N, **kwargs)
+        return image_rows.pixel_rows(self, batch, N, sample, ddim_steps, ddim_eta)
 
 
 class LatentDiffusion(DDPM):
@@ -803,7 +876,7 @@ class LatentDiffusion(DDPM):
         posterior = self.encode_first_stage(x)
         noise = None
         if exposures is not None and isinstance(posterior, DiagonalGaussianDistribution):
-            noise = _move(exposure.randn("posterior", exposures[:bs], posterior.mean.shape[1:]), x.device)
+            noise = self._draw_normals("posterior", posterior.mean, exposures[:bs])
         z = self.get_first_stage_encoding(posterior, noise).detach()
 
         c = xc = None
@@ -848,27 +921,43 @@ class LatentDiffusion(DDPM):
             c: the condition; not yet encoded where its encoder is trained.
             exposures: int64 (B, 4): what timesteps and noise are drawn from; torch's generators if None.
         """
-        t, noise = self._draw_timesteps_and_noise(x, exposures)
+        t = self._draw_timesteps(x, exposures)
         if self.model.conditioning_key is not None:
             if self.cond_stage_trainable:
                 c = self.get_learned_conditioning(c)
             c = self._noised_condition(c, t, exposures)
-        return self.p_losses(x, c, t, noise)
+        return self.p_losses(x, c, t, *self._draw_noise(x, exposures))
 
     def _noised_condition(self, cond: Condition, t: Tensor, exposures: Tensor | None = None) -> Condition:
         """Noise the condition to the timestep that ``num_timesteps_cond`` assigns to each t."""
         if not self.shorten_cond_schedule:
             return cond
-        if exposures is None:
-            noise = torch.randn_like(cond.float())
-        else:
-            noise = _move(exposure.randn("condition_noise", exposures, cond.shape[1:]), cond.device)
-        return self.q_sample(cond, self.cond_ids[t], noise)
+        return self.q_sample(cond, self.cond_ids[t], self._draw_normals("condition_noise", cond, exposures))
 
     @torch.no_grad()
-    def log_images(self, batch: Batch, N: int = 8, **kwargs: Any) -> dict[str, Tensor]:
+    def log_images(
+        self,
+        batch: Batch,
+        N: int = 8,
+        sample: bool = True,
+        ddim_steps: int = 40,
+        ddim_eta: float = 1.0,
+        n_row: int = 4,
+        unconditional_guidance_scale: float = 5.0,
+        unconditional_guidance_label: str = "",
+    ) -> dict[str, Tensor]:
         """Make the picture rows to look at; see :func:`ldm.models.diffusion.image_rows.latent_rows`."""
-        return image_rows.latent_rows(self, batch, N, **kwargs)
+        return image_rows.latent_rows(
+            self,
+            batch,
+            N,
+            n_row,
+            sample,
+            ddim_steps,
+            ddim_eta,
+            unconditional_guidance_scale,
+            unconditional_guidance_label,
+        )
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Give the parameters to train by part: the network, the condition's encoder, the log-variances."""

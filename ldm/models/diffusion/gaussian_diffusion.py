@@ -129,9 +129,8 @@ def to_eps(tables: NoiseTables, parameterization: str, x_t: Tensor, t: Tensor, m
     if parameterization == "eps":
         return model_output
     if parameterization == "x0":
-        return (
-            extract_into_tensor(tables.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - model_output
-        ) / extract_into_tensor(tables.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
+        signal = extract_into_tensor(tables.sqrt_alphas_cumprod, t, x_t.shape)
+        return (x_t - signal * model_output) / extract_into_tensor(tables.sqrt_one_minus_alphas_cumprod, t, x_t.shape)
     if parameterization == "v":
         return (
             extract_into_tensor(tables.sqrt_alphas_cumprod, t, x_t.shape) * model_output

@@ -70,6 +70,99 @@ def lvlb_weights(schedule: NoiseSchedule, parameterization: str) -> Tensor:
     return weights
 
 
+def _from_x0_weights(weights: Tensor, snr: Tensor, parameterization: str) -> Tensor:
+    """Word weights on the error of x_0 as weights on the error of what the network predicts.
+
+    The errors' squares are proportional: 1 for x_0, SNR for the noise, SNR + 1 for v.
+    """
+    if parameterization == "eps":
+        return weights / snr
+    if parameterization == "x0":
+        return weights
+    if parameterization == "v":
+        return weights / (snr + 1.0)
+    raise ValueError(unknown_parameterization(parameterization))
+
+
+def _signal_to_noise_ratio(alphas_cumprod: Tensor) -> Tensor:
+    return alphas_cumprod / (1.0 - alphas_cumprod)
+
+
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str) -> Tensor:
+    """Compute the min-SNR-gamma weights: min(SNR, gamma) on the error of x_0.
+
+    Args:
+        alphas_cumprod: alpha-bar at some timesteps, of any shape.
+        gamma: bound on the weight, above 0; the paper's is 5.
+        parameterization: ``eps``, ``x0`` or ``v``.
+
+    Returns:
+        The weights, of that shape.
+
+    Raises:
+        ValueError: unknown parameterisation.
+
+    Reference:
+        Hang et al. 2023, arXiv 2303.09556, section 3.4.
+    """
+    snr = _signal_to_noise_ratio(alphas_cumprod)
+    return _from_x0_weights(snr.clamp(max=gamma), snr, parameterization)
+
+
+def debiased_weights(alphas_cumprod: Tensor, parameterization: str) -> Tensor:
+    """Compute the weights of debiased estimation: 1 / sqrt(SNR) on the error of the noise.
+
+    Args:
+        alphas_cumprod: alpha-bar at some timesteps, of any shape.
+        parameterization: ``eps``, ``x0`` or ``v``.
+
+    Returns:
+        The weights, of that shape.
+
+    Raises:
+        ValueError: unknown parameterisation.
+
+    Reference:
+        Yu et al. 2023, arXiv 2310.08442, section 3.
+    """
+    snr = _signal_to_noise_ratio(alphas_cumprod)
+    return _from_x0_weights(snr.sqrt(), snr, parameterization)
+
+
+def offset_noise(noise: Tensor, offsets: Tensor, strength: float) -> Tensor:
+    """Shift each channel of each picture's noise by a normal draw, so that overall brightness is learnt too.
+
+    Args:
+        noise: standard normals (B, C, H, W).
+        offsets: standard normals (B, C, 1, 1).
+        strength: standard deviation of the shift; 0.05 to 0.1 is usual.
+
+    Returns:
+        (B, C, H, W).
+
+    Reference:
+        Guttenberg 2023, "Diffusion with Offset Noise" (crosslabs.org); Lin et al. 2023, arXiv 2305.08891, section 6.
+    """
+    return noise + strength * offsets
+
+
+def perturbed_noise(noise: Tensor, perturbation: Tensor, strength: float) -> Tensor:
+    """Perturb the noise that the network is shown, while its target stays the noise itself.
+
+    Args:
+        noise: standard normals (B, C, H, W).
+        perturbation: standard normals of the same shape.
+        strength: standard deviation of the perturbation; the paper's is 0.1.
+
+    Returns:
+        (B, C, H, W).
+
+    Reference:
+        Ning et al. 2023, arXiv 2301.11706, algorithm 1.
+    """
+    return noise + strength * perturbation
+
+
 @dataclass(frozen=True)
 class LossParts:
     """A batch's loss and what it is made of; each a scalar tensor.
@@ -93,10 +186,11 @@ def combine(
     vlb_weights: Tensor,
     l_simple_weight: float = 1.0,
     original_elbo_weight: float = 0.0,
+    weights: Tensor | float = 1.0,
 ) -> LossParts:
     """Combine the errors of a batch to its loss.
 
-    loss = l_simple_weight * mean(L / exp(logvar) + logvar) + original_elbo_weight * mean(vlb_weights * L).
+    loss = l_simple_weight * mean(w L / exp(logvar) + logvar) + original_elbo_weight * mean(vlb_weights * L).
 
     Args:
         errors: (B,) mean error L of each picture.
@@ -104,6 +198,7 @@ def combine(
         vlb_weights: (B,) weight of the variational bound there.
         l_simple_weight: weight of the simple term.
         original_elbo_weight: weight of the variational term.
+        weights: (B,) weight w of the simple term at each picture's timestep.
 
     Returns:
         The loss and its parts.
@@ -111,7 +206,7 @@ def combine(
     Reference:
         Ho et al. 2020, arXiv 2006.11239, eq. 12 and 14; Rombach et al. 2022, arXiv 2112.10752, eq. 2.
     """
-    loss_gamma = (errors / torch.exp(logvar) + logvar).mean()
+    loss_gamma = (weights * errors / torch.exp(logvar) + logvar).mean()
     loss_vlb = (vlb_weights * errors).mean()
     return LossParts(
         loss=l_simple_weight * loss_gamma + original_elbo_weight * loss_vlb,

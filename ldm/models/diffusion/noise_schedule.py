@@ -51,6 +51,7 @@ def build_noise_schedule(
     linear_end: float = 2e-2,
     cosine_s: float = 8e-3,
     v_posterior: float = 0.0,
+    zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
     """Compute a noise schedule.
 
@@ -62,6 +63,7 @@ def build_noise_schedule(
         linear_end: see there.
         cosine_s: see there.
         v_posterior: weight v of beta in the variance (1 - v) * beta_tilde + v * beta.
+        zero_terminal_snr: leave no signal at the last timestep; see :func:`rescale_zero_terminal_snr`.
 
     Returns:
         The tables.
@@ -75,11 +77,18 @@ def build_noise_schedule(
         betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
     if betas.ndim != 1 or len(betas) == 0 or not np.all((betas > 0) & (betas < 1)):
         raise ValueError("the noise schedule's betas must be a list of numbers above 0 and below 1")
+    if zero_terminal_snr:
+        betas = rescale_zero_terminal_snr(betas)
     alphas_cumprod = np.cumprod(1.0 - betas, dtype=np.float64)
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
     posterior_variance = (1 - v_posterior) * betas * (1 - alphas_cumprod_prev) / (
         1 - alphas_cumprod
     ) + v_posterior * betas
+    with np.errstate(divide="ignore"):  # without a signal at the last step, its reciprocal is infinite
+        sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod = (
+            np.sqrt(1 / alphas_cumprod),
+            np.sqrt(1 / alphas_cumprod - 1),
+        )
     return NoiseSchedule(
         betas=betas,
         alphas_cumprod=alphas_cumprod,
@@ -87,14 +96,32 @@ def build_noise_schedule(
         sqrt_alphas_cumprod=np.sqrt(alphas_cumprod),
         sqrt_one_minus_alphas_cumprod=np.sqrt(1 - alphas_cumprod),
         log_one_minus_alphas_cumprod=np.log(1 - alphas_cumprod),
-        sqrt_recip_alphas_cumprod=np.sqrt(1 / alphas_cumprod),
-        sqrt_recipm1_alphas_cumprod=np.sqrt(1 / alphas_cumprod - 1),
+        sqrt_recip_alphas_cumprod=sqrt_recip_alphas_cumprod,
+        sqrt_recipm1_alphas_cumprod=sqrt_recipm1_alphas_cumprod,
         posterior_variance=posterior_variance,
         # The posterior of the first step has variance 0 when v is 0: its logarithm is cut off.
         posterior_log_variance_clipped=np.log(np.maximum(posterior_variance, 1e-20)),
         posterior_mean_coef1=betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod),
         posterior_mean_coef2=(1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
     )
+
+
+def rescale_zero_terminal_snr(betas: Table) -> Table:
+    """Shift and scale sqrt(alpha-bar) so that it keeps its first value and ends at 0.
+
+    Args:
+        betas: float64 (T,), T at least 2.
+
+    Returns:
+        float64 (T,); the last is 1.
+
+    Reference:
+        Lin et al. 2023, arXiv 2305.08891, algorithm 1.
+    """
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alphas_cumprod = root**2
+    return 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
 
 
 def condition_timesteps(num_timesteps: int, num_timesteps_cond: int) -> Tensor:
