@@ -777,8 +777,10 @@ class LatentDiffusion(DDPM):
             self.cond_stage_model = self.first_stage_model
         else:
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
+            if getattr(self.cond_stage_model, "frozen", False):
+                self.cond_stage_trainable = False
             if self.cond_stage_model is not None:
-                self.cond_stage_model.requires_grad_(cond_stage_trainable)
+                self.cond_stage_model.requires_grad_(self.cond_stage_trainable)
         self.clip_denoised = False
         self.restarted_from_ckpt = ckpt_path is not None
         if ckpt_path is not None:

@@ -121,9 +121,16 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         device: accepted for CompVis configs; the module lives where its parameters are.
         max_length: tokens of each encoded caption, begin and end included.
         text_config: numbers of another CLIP text model (fields of ``transformers.CLIPTextConfig``).
+        freeze: never train this encoder, whatever ``cond_stage_trainable`` says.
+        layer: ``last`` (hidden states after the last layer norm), ``hidden`` (hidden states of the layer
+            ``layer_idx``, as they are) or ``pooled`` (the end token's state alone, as one token).
+        layer_idx: which hidden states, for ``hidden``: 0 the embeddings, -1 the last layer's.
+        clip_skip: leave out that many of the last layers, for ``last``; models trained with web UIs' "clip skip 2"
+            need 1.
 
     Raises:
-        ValueError: unknown ``version`` without ``text_config``, or more tokens than positions.
+        ValueError: unknown ``version`` without ``text_config``, more tokens than positions, or a layer that is not
+            there.
 
     Reference:
         Radford et al. 2021, arXiv 2103.00020, section 2.4.
@@ -135,6 +142,10 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         device: str | None = None,
         max_length: int = 77,
         text_config: Mapping[str, Any] | None = None,
+        freeze: bool = False,
+        layer: str = "last",
+        layer_idx: int | None = None,
+        clip_skip: int = 0,
     ) -> None:
         super().__init__()
         if text_config is None:
@@ -150,9 +161,22 @@ class FrozenCLIPEmbedder(AbstractEncoder):
                 f"cond_stage_config: max_length {max_length} is above the text encoder's "
                 f"{config.max_position_embeddings} positions"
             )
+        _check_layer(layer, layer_idx, clip_skip, config.num_hidden_layers)
+        self.layer = layer
+        self.layer_idx = layer_idx
+        self.clip_skip = clip_skip
         self.max_length = max_length
         self.transformer = _TextTransformer(config)
+        self.frozen = freeze
+        if freeze:
+            self.freeze()
         self._reported_captions: set[str] = set()
+
+    def freeze(self) -> None:
+        """Switch to evaluation mode, and ask for no gradients, for good."""
+        self.frozen = True
+        self.eval()
+        self.requires_grad_(False)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Turn captions into token ids; a caption that is too long is cut, and named in a warning.
@@ -188,11 +212,33 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             text: one caption, B captions, or int64 (B, L) token ids.
 
         Returns:
-            (B, L, hidden_size): hidden states after the last layer norm.
+            (B, L, hidden_size) hidden states, or (B, 1, hidden_size) for ``pooled``.
         """
         if isinstance(text, Tensor):
             tokens = text
         else:
             tokens = self.tokenize([text] if isinstance(text, str) else text)
         device = self.transformer.text_model.embeddings.token_embedding.weight.device
-        return self.transformer.text_model(input_ids=tokens.to(device)).last_hidden_state
+        text_model = self.transformer.text_model
+        if self.layer == "last" and self.clip_skip == 0:
+            return text_model(input_ids=tokens.to(device)).last_hidden_state
+        output = text_model(input_ids=tokens.to(device), output_hidden_states=True)
+        if self.layer == "pooled":
+            return output.pooler_output[:, None]
+        if self.layer == "hidden":
+            return output.hidden_states[self.layer_idx]
+        return text_model.final_layer_norm(output.hidden_states[-1 - self.clip_skip])
+
+
+def _check_layer(layer: str, layer_idx: int | None, clip_skip: int, layers: int) -> None:
+    """Refuse a choice of hidden states that is not there."""
+    if layer not in ("last", "hidden", "pooled"):
+        raise ValueError(f"cond_stage_config: layer is '{layer}'; use last, hidden or pooled")
+    if (layer == "hidden") != (layer_idx is not None):
+        raise ValueError("cond_stage_config: layer: hidden and layer_idx are needed together")
+    if layer_idx is not None and not -layers - 1 <= layer_idx <= layers:
+        raise ValueError(f"cond_stage_config: layer_idx is {layer_idx}; it must lie within {-layers - 1} and {layers}")
+    if not 0 <= clip_skip < layers or (clip_skip and layer != "last"):
+        raise ValueError(
+            f"cond_stage_config: clip_skip is {clip_skip}; it must lie within 0 and {layers - 1}, with layer: last"
+        )

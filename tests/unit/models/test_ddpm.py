@@ -8,6 +8,7 @@ from tests.unit.models.small import (
     build_text_model,
     first_stage_config,
     picture_batch,
+    text_config,
     unet_config,
     with_random_weights,
 )
@@ -66,6 +67,15 @@ def test_nothing_to_train_is_an_error():
     model = build_text_model(unfreeze_model=False, cond_stage_trainable=False)
     with pytest.raises(ValueError, match="nothing is to train"):
         model.configure_optimizers()
+
+
+def test_an_encoder_that_freezes_itself_is_not_trained():
+    config = text_config()
+    config["params"]["freeze"] = True
+    model = build_text_model(cond_stage_config=config)
+    assert list(model.trained_parameters()) == ["model"]
+    batch = picture_batch()
+    model.shared_step(batch, batch["exposure"])[0].backward()
 
 
 def test_frozen_parts_stay_in_evaluation_mode_while_training():

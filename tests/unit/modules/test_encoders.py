@@ -67,3 +67,51 @@ def test_class_labels_are_embedded_as_one_token():
 
 def test_maps_are_halved_and_their_channels_mapped():
     assert SpatialRescaler(n_stages=2, in_channels=3, out_channels=5)(torch.randn(1, 3, 16, 16)).shape == (1, 5, 4, 4)
+
+
+def build_encoder(**params):
+    torch.manual_seed(0)
+    config = dict(text_config()["params"]["text_config"], num_hidden_layers=3)
+    return FrozenCLIPEmbedder(text_config=config, **params).eval()
+
+
+@torch.no_grad()
+def test_skipping_layers_equals_a_shorter_encoder():
+    skipping, shorter = build_encoder(clip_skip=1), build_encoder()
+    shorter.transformer.text_model.encoder.layers = shorter.transformer.text_model.encoder.layers[:2]
+    assert torch.allclose(skipping(["a cat"]), shorter(["a cat"]), atol=1e-6)
+
+
+@torch.no_grad()
+def test_hidden_states_are_given_as_they_are():
+    hidden, last = build_encoder(layer="hidden", layer_idx=-1), build_encoder()
+    normed = hidden.transformer.text_model.final_layer_norm(hidden(["a cat"]))
+    assert torch.allclose(normed, last(["a cat"]), atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_pooled_state_is_the_end_tokens():
+    pooled, last = build_encoder(layer="pooled"), build_encoder()
+    end = pooled.tokenize(["a cat"])[0].tolist().index(49407)
+    assert torch.allclose(pooled(["a cat"])[:, 0], last(["a cat"])[:, end], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"layer": "first"}, "last, hidden or pooled"),
+        ({"layer": "hidden"}, "needed together"),
+        ({"layer_idx": 1}, "needed together"),
+        ({"layer": "hidden", "layer_idx": 9}, "within -4 and 3"),
+        ({"clip_skip": 3}, "within 0 and 2"),
+        ({"clip_skip": 1, "layer": "pooled"}, "with layer: last"),
+    ],
+)
+def test_layers_that_are_not_there_are_errors(params, message):
+    with pytest.raises(ValueError, match=message):
+        build_encoder(**params)
+
+
+def test_a_frozen_encoder_stays_so():
+    encoder = build_encoder(freeze=True)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
