@@ -16,7 +16,7 @@ from ldm.data.image_transform import (
     resolve_resize_mode,
     to_training_array,
 )
-from ldm.data.scan import scan_data_root
+from ldm.data.scan import Picture, scan_data_root
 from ldm.exposure import exposure_row, item_id, uniform
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,12 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.pictures) * self.repeats
 
+    def locate(self, index: int) -> tuple[int, int, Picture]:
+        """Find what an index names: the epoch, which of the picture's showings in it, and the picture."""
+        epoch, position = divmod(index, len(self))
+        repeat, number = divmod(position, len(self.pictures))
+        return epoch, repeat, self.pictures[number]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read one exposure.
 
@@ -156,9 +162,7 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         Returns:
             ``image`` float32 (H, W, 3) in [-1, 1]; ``caption`` str; ``exposure`` int64 (4,); ``path`` str.
         """
-        epoch, position = divmod(index, len(self))
-        repeat, number = divmod(position, len(self.pictures))
-        picture = self.pictures[number]
+        epoch, repeat, picture = self.locate(index)
         item = item_id(picture.relative_path)
         # Outside training the key is the picture alone, so that epochs and runs compare.
         key = (self.seed, epoch, item, repeat) if self.set == "train" else (0, 0, item, 0)
