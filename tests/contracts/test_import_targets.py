@@ -12,6 +12,7 @@ TARGETS = [
     "ldm.models.diffusion.ddpm.DiffusionWrapper",
     "ldm.models.diffusion.ddim.DDIMSampler",
     "ldm.models.diffusion.plms.PLMSSampler",
+    "ldm.models.diffusion.dpm_solver.DPMSolverSampler",
     "ldm.models.autoencoder.AutoencoderKL",
     "ldm.models.autoencoder.IdentityFirstStage",
     "ldm.modules.diffusionmodules.openaimodel.UNetModel",

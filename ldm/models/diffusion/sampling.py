@@ -18,13 +18,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm.models.diffusion.conditioning import Condition, guided_output
-from ldm.models.diffusion.gaussian_diffusion import to_eps
+from ldm.models.diffusion.gaussian_diffusion import to_eps, to_x0
 from ldm.modules.diffusionmodules.util import (
     extract_into_tensor,
     make_ddim_sampling_parameters,
     make_ddim_timesteps,
     noise_like,
 )
+
+NoiseSource = Callable[[Tensor], Tensor]
+"""Gives standard normals of a tensor's shape, on its device and of its dtype."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class StepTable:
     alphas: NDArray[Any]
     alphas_prev: NDArray[Any]
     sigmas: NDArray[Any]
+
+    def first(self, count: int) -> StepTable:
+        """Give the table of the ``count`` lowest timesteps, which are the last ones visited."""
+        return StepTable(self.timesteps[:count], self.alphas[:count], self.alphas_prev[:count], self.sigmas[:count])
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,14 @@ class StepNoise:
         dropout: probability of zeroing elements of it.
         repeat: give every batch element the same noise.
         quantize_x0: replace the estimate of x_0 by its nearest codes.
+        source: where normals come from; torch's generators if None.
     """
 
     temperature: float = 1.0
     dropout: float = 0.0
     repeat: bool = False
     quantize_x0: bool = False
+    source: NoiseSource | None = None
 
 
 class Sampler:
@@ -109,7 +118,7 @@ class Sampler:
             verbose: log the tables.
         """
         alphas_cumprod = self.model.alphas_cumprod.double().cpu().numpy()
-        timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps, verbose)
+        timesteps = self.choose_timesteps(ddim_discretize, ddim_num_steps, verbose)
         sigmas, alphas, alphas_prev = make_ddim_sampling_parameters(alphas_cumprod, timesteps, ddim_eta, verbose)
         self.table = StepTable(timesteps, alphas, alphas_prev, sigmas)
         self.ddim_timesteps = timesteps
@@ -117,6 +126,10 @@ class Sampler:
         self.ddim_alphas_prev = torch.tensor(alphas_prev, dtype=torch.float32)
         self.ddim_sigmas = torch.tensor(sigmas, dtype=torch.float32)
         self.ddim_sqrt_one_minus_alphas = torch.tensor(np.sqrt(1.0 - alphas), dtype=torch.float32)
+
+    def choose_timesteps(self, method: str, steps: int, verbose: bool = False) -> NDArray[np.int64]:
+        """Choose the timesteps to visit: int64 (S,), increasing; see :func:`make_ddim_timesteps`."""
+        return make_ddim_timesteps(method, steps, self.ddpm_num_timesteps, verbose)
 
     def full_table(self, eta: float = 0.0) -> StepTable:
         """Build the table that visits every timestep of the model."""
@@ -149,6 +162,7 @@ class Sampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Condition = None,
         ddim_discretize: str = "uniform",
+        noise_source: NoiseSource | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Sample latents.
 
@@ -174,6 +188,7 @@ class Sampler:
             unconditional_guidance_scale: guidance scale s; 1 for none.
             unconditional_conditioning: the condition to move away from.
             ddim_discretize: ``uniform`` or ``quad``.
+            noise_source: where the normals come from that are drawn; torch's generators if None.
 
         Returns:
             Latents (B, C, H, W), and intermediates: lists ``x_inter`` and ``pred_x0``, each beginning with x_T.
@@ -184,7 +199,12 @@ class Sampler:
         if mask is not None and x0 is None:
             raise ValueError("sampling with a mask needs x0, the latents to keep under it")
         self.make_schedule(S, ddim_discretize, eta, verbose=False)
-        x = torch.randn((batch_size, *shape), device=self.model.betas.device) if x_T is None else x_T
+        if x_T is not None:
+            x = x_T
+        elif noise_source is not None:
+            x = noise_source(torch.empty((batch_size, *shape), device=self.model.betas.device))
+        else:
+            x = torch.randn((batch_size, *shape), device=self.model.betas.device)
         return self.loop(
             self.table,
             x,
@@ -195,7 +215,7 @@ class Sampler:
                 score_corrector,
                 corrector_kwargs,
             ),
-            StepNoise(temperature, noise_dropout, quantize_x0=quantize_x0),
+            StepNoise(temperature, noise_dropout, quantize_x0=quantize_x0, source=noise_source),
             mask=mask,
             x0=x0,
             callback=callback,
@@ -226,7 +246,8 @@ class Sampler:
             index = total - 1 - number
             if mask is not None and x0 is not None:
                 t = timestep_batch(table, index, x)
-                x = self.model.q_sample(x0, t) * mask + (1.0 - mask) * x
+                drawn = None if noise.source is None else noise.source(x0)
+                x = self.model.q_sample(x0, t, drawn) * mask + (1.0 - mask) * x
             x, pred_x0 = self.step(x, table, index, guide, noise, history)
             if callback is not None:
                 callback(number)
@@ -264,6 +285,13 @@ class Sampler:
             eps = guide.score_corrector.modify_score(self.model, eps, x, t, guide.cond, **kwargs)
         return eps
 
+    def predict_x0(self, x: Tensor, t: Tensor, guide: Guide) -> Tensor:
+        """Ask the network for the x_0 of x, whatever it was trained to predict."""
+        if guide.score_corrector is not None:  # it works on the noise
+            return to_x0(self.model, "eps", x, t, self.predict_eps(x, t, guide))
+        output = guided_output(self.model.apply_model, x, t, guide.cond, guide.uncond, guide.scale)
+        return to_x0(self.model, self.model.parameterization, x, t, output)
+
     def stochastic_encode(
         self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
@@ -293,6 +321,11 @@ class Sampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Condition = None,
         use_original_steps: bool = False,
+        callback: Callable[[int], None] | None = None,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        noise_source: NoiseSource | None = None,
+        verbose: bool = False,
     ) -> Tensor:
         """Sample from partly noised latents: the last ``t_start`` steps of the table.
 
@@ -303,16 +336,20 @@ class Sampler:
             unconditional_guidance_scale: guidance scale.
             unconditional_conditioning: the condition to move away from.
             use_original_steps: visit every timestep of the model.
+            callback: called with each step's number.
+            mask: inpainting: 1 where ``x0`` is to be kept, broadcast against the latents.
+            x0: the latents to keep there.
+            noise_source: where the normals come from that are drawn; torch's generators if None.
+            verbose: show a progress bar.
 
         Returns:
             (B, C, H, W).
         """
         table = self.full_table() if use_original_steps else self.table
-        begun = StepTable(
-            table.timesteps[:t_start], table.alphas[:t_start], table.alphas_prev[:t_start], table.sigmas[:t_start]
-        )
         guide = Guide(cond, unconditional_conditioning, unconditional_guidance_scale)
-        return self.loop(begun, x_latent, guide, StepNoise())[0]
+        noise = StepNoise(source=noise_source)
+        begun = table.first(t_start)
+        return self.loop(begun, x_latent, guide, noise, mask, x0, callback, verbose=verbose)[0]
 
 
 def timestep_batch(table: StepTable, index: int, x: Tensor) -> Tensor:
@@ -344,7 +381,8 @@ def ddim_update(
     pred_x0 = (x - (1.0 - alpha) ** 0.5 * eps) / alpha**0.5
     if noise.quantize_x0:
         pred_x0 = model.first_stage_model.quantize(pred_x0)[0]
-    added = noise_like(x.shape, x.device, noise.repeat).to(x.dtype) * (sigma * noise.temperature)
+    drawn = noise_like(x.shape, x.device, noise.repeat).to(x.dtype) if noise.source is None else noise.source(x)
+    added = drawn * (sigma * noise.temperature)
     if noise.dropout > 0.0:
         added = F.dropout(added, p=noise.dropout)
     direction = max(0.0, 1.0 - alpha_prev - sigma**2) ** 0.5 * eps
