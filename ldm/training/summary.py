@@ -11,7 +11,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Timer
 from torch import nn
 
-PART_NAMES: Final = {"model": "UNet", "first_stage_model": "VAE", "cond_stage_model": "text encoder"}
+PART_NAMES: Final = {"model": "UNet", "first_stage_model": "VAE", "cond_stage_model": "condition encoder"}
+ENCODER_NAMES: Final = {"FrozenCLIPEmbedder": "text encoder", "ClassEmbedder": "class embedder"}
+"""What a condition's encoder is called by its class."""
 
 LIGHTNINGS_EPOCHS: Final = 1000
 """Where Lightning ends a run for which neither epochs nor steps nor time are limited."""
@@ -131,7 +133,8 @@ def model_parts(model: nn.Module) -> list[Part]:
             else:
                 frozen += parameter.numel()
         if trained or frozen:
-            parts.append(Part(PART_NAMES.get(name, name), trained, frozen))
+            called = ENCODER_NAMES.get(type(child).__name__, PART_NAMES.get(name, name))
+            parts.append(Part(called, trained, frozen))
     return parts
 
 

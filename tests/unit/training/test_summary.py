@@ -79,7 +79,7 @@ def test_parameters_are_counted_as_trained_or_frozen() -> None:
     model.cond_stage_model = nn.Linear(1, 1)
     model.logvar = nn.Parameter(nn.Linear(5, 1).weight.detach()[0])
     text = "\n".join(summary(plan_for(500, 10, 6), parts=model_parts(model)).lines())
-    assert "trained parameters: UNet 8 + text encoder 2 + other parameters 5" in text
+    assert "trained parameters: UNet 8 + condition encoder 2 + other parameters 5" in text
     assert "frozen parameters: VAE 4" in text
 
 
