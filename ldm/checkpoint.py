@@ -40,6 +40,8 @@ TOLERATED_UNEXPECTED: Final[Mapping[str, str]] = {
     "cond_stage_model.transformer.text_model.embeddings.position_ids": "position numbers, which are computed",
     "model_ema.": "moving averages, which use_ema: false does not use",
     "first_stage_model.loss.": "the loss that the first stage was trained with",
+    "loss.": "the loss that the first stage was trained with",
+    "loss.perceptual_loss.": "LPIPS, which perceptual_weight: 0 does not use",
     "embedding_manager.": "textual-inversion embeddings, which this trainer does not use",
 }
 """Keys or key prefixes in a file that the model need not have, and what they are."""
@@ -228,8 +230,12 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
 
 
 def _start_averages(own: Mapping[str, Tensor], averages: Iterable[str]) -> None:
-    """Copy each UNet weight to its moving average, whose name is the weight's with the dots removed."""
-    live = {"model_ema." + key.removeprefix("model.").replace(".", ""): key for key in own if key.startswith("model.")}
+    """Copy each weight to its moving average, whose name is the weight's with the dots removed.
+
+    A diffusion model averages what is below ``model.``; a first stage, which has no such part, all of itself.
+    """
+    averaged = [key for key in own if key.startswith("model.")] or list(own)
+    live = {"model_ema." + key.removeprefix("model.").replace(".", ""): key for key in averaged}
     for key in averages:
         if key in live:
             own[key].copy_(own[live[key]])

@@ -25,6 +25,7 @@ from ldm.training.cli import Options, parse_options
 from ldm.training.config import format_config, load_run_config
 from ldm.training.console import console
 from ldm.training.learning_rate import scaled_learning_rate
+from ldm.training.own_optimisation import leave_to_model
 from ldm.training.run_directory import RunDirectory, find_run, new_run_directory
 from ldm.training.stop_signals import Interrupted, StopSignals
 from ldm.training.summary import RunSummary, describe_training_set, model_parts, plan_steps
@@ -234,6 +235,7 @@ def _summarise(
 def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -> None:
     """Train."""
     begin = next(callback for callback in trainer.callbacks if isinstance(callback, Beginning))  # type: ignore[attr-defined]
+    leave_to_model(trainer, model)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=run.checkpoint)
     except Interrupted:

@@ -23,12 +23,7 @@ TAKES_ANYTHING: Final = ("torch.nn.modules.linear.Identity",)
 """Classes that take every argument and use none."""
 
 COMES_LATER: Final[Mapping[str, str]] = {
-    "ldm.models.autoencoder.VQModel": "training and using VQ first stages",
-    "ldm.models.autoencoder.VQModelInterface": "training and using VQ first stages",
     "ldm.models.autoencoder.IdentityFirstStage": "training in pixel space",
-    "ldm.modules.losses.LPIPSWithDiscriminator": "training first stages",
-    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": "training first stages",
-    "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "training first stages",
     "ldm.modules.encoders.modules.ClassEmbedder": "class-conditional models",
     "ldm.modules.encoders.modules.BERTEmbedder": "BERT-conditioned models",
     "ldm.modules.encoders.modules.TransformerEmbedder": "BERT-conditioned models",
