@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ldm.diffusers_format import folder_problem, is_diffusers_folder
 from ldm.training.config_tree import ConfigTree, nearest
 from ldm.training.legacy_2022 import DATASETS
 
@@ -24,7 +25,9 @@ def check_machine(config: ConfigTree, resuming: bool) -> list[str]:
     problems = [*_check_gpus(config), *_check_data_roots(config)]
     checkpoint = config.get("run.actual_resume")
     if isinstance(checkpoint, str) and not resuming and not os.path.isfile(checkpoint):
-        problems.append(f"{config.source('run.actual_resume')}: {_missing_checkpoint(checkpoint)}")
+        problem = folder_problem(checkpoint) if is_diffusers_folder(checkpoint) else _missing_checkpoint(checkpoint)
+        if problem is not None:
+            problems.append(f"{config.source('run.actual_resume')}: {problem}")
     return problems
 
 
@@ -94,7 +97,10 @@ def _missing_checkpoint(path: str) -> str:
         last = Path(path, "checkpoints", "last.ckpt")
         if last.is_file():
             return f"actual_resume {path} is a folder; did you mean {last.as_posix()}? (-r {path} continues that run)"
-        return f"actual_resume {path} is a folder; name a .ckpt or .safetensors file"
+        return (
+            f"actual_resume {path} is a folder without model_index.json, so no diffusers folder; name one, or a .ckpt "
+            "or .safetensors file"
+        )
     parent = Path(path).parent
     beside = [entry.name for entry in parent.glob("*") if entry.suffix in (".ckpt", ".safetensors")]
     match = nearest(Path(path).name, beside)

@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from ldm.checkpoint import load_weights, read_weights
+from ldm.diffusers_format import is_diffusers_folder, read_folder
 from ldm.training.callbacks import Beginning
 from ldm.training.cli import Options, parse_options
 from ldm.training.config import format_config, load_run_config
@@ -174,6 +175,8 @@ def _read_weights(run: Run) -> tuple[dict[str, Tensor] | None, str]:
     path = run.said.get("actual_resume")
     if not path:
         return None, "random weights (no --actual_resume was given)"
+    if is_diffusers_folder(path):
+        return read_folder(path, run.config["model"]["params"]), path
     return read_weights(path), path
 
 
