@@ -47,11 +47,12 @@ TOLERATED_UNEXPECTED: Final[Mapping[str, str]] = {
 """Keys or key prefixes in a file that the model need not have, and what they are."""
 
 # Checkpoints of Lightning before 1.6 hold classes of these packages as names of callbacks. They are read as
-# inert stand-ins; nothing of them is called.
+# inert stand-ins, as are numpy's numbers among schedulers' states; nothing of them is called.
 _INERT_PACKAGES: Final = ("pytorch_lightning.callbacks.", "pytorch_lightning.utilities.", "main.")
+_INERT_NAMES: Final = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "_codecs.encode")
 
-_ROUNDING: Final = 2e-3
-"""Relative difference that a schedule table may show from having been stored in half precision."""
+_ROUNDING: Final = 1e-3
+"""Relative difference that a schedule table may show from having been rounded on the way to the file."""
 
 
 class _Inert:
@@ -62,6 +63,9 @@ class _Inert:
 
     def __setstate__(self, state: object) -> None:
         """Drop the state."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Drop the item."""
 
 
 @dataclass(frozen=True)
@@ -123,22 +127,36 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_pickle(path: Path) -> Any:
     with path.open("rb"):
         is_zip = zipfile.is_zipfile(path)  # opened: an OSError from here on is one of reading a damaged file
-    inert = [name for name in _unsafe_names(path) if name.startswith(_INERT_PACKAGES)]
+    inert = [name for name in _unsafe_names(path) if name.startswith(_INERT_PACKAGES) or name in _INERT_NAMES]
     context = torch.serialization.safe_globals([(_Inert, name) for name in inert]) if inert else nullcontext()
     try:
         with context:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         refused = re.search(r"unsupported (?:global|class|operand)[: ]+(?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
-        names = [name for name in _unsafe_names(path) if name not in inert] or (refused.groups() if refused else ())
+        names = [name for name in _unsafe_names(path) if name not in inert]
+        names = names or [name for name in (refused.groups() if refused else ()) if "." in name]
         if not names:
-            raise ValueError(f"checkpoint '{path}' is damaged or no checkpoint file; copy it again") from error
+            raise ValueError(_damaged(path)) from error
         raise ValueError(
             f"checkpoint '{path}' was refused: it holds more than weights ({_first(names)}), and reading it could "
             "run code; get the file as .safetensors, or from a source that stores weights alone"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"checkpoint '{path}' is damaged, truncated or no checkpoint file; copy it again") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(_damaged(path)) from error
+
+
+def _damaged(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(512)
+    looks_like_text = bool(head) and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head)
+    what = "looks like text: is it a web page or another file?" if looks_like_text else "was it copied whole?"
+    return (
+        f"checkpoint '{path}' is damaged or no checkpoint file ({path.stat().st_size:,} bytes; {what}) "
+        "Get the .ckpt or .safetensors file again"
+    )
 
 
 def _unsafe_names(path: Path) -> list[str]:
@@ -163,7 +181,9 @@ def without_wrapper_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return clean
 
 
-def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> KeyReport:
+def load_weights(
+    module: nn.Module, state_dict: Mapping[str, Tensor], source: str, ignore_keys: Sequence[str] = ()
+) -> KeyReport:
     """Load weights into a module, strictly.
 
     The module is changed only when everything fits. Schedule tables are compared, never loaded. A module
@@ -173,6 +193,7 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
         module: the model.
         state_dict: the file's weights under checkpoint keys, in any floating dtype.
         source: the file's name, for messages.
+        ignore_keys: prefixes of keys to pass over; what they name in the module keeps its values.
 
     Returns:
         What was loaded and what was passed over.
@@ -181,9 +202,13 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], source: st
         ValueError: keys are missing or unexpected, shapes differ, values are NaN or infinite, or the
             file was made with another noise schedule.
     """
-    weights = without_wrapper_prefixes(state_dict)
+    if isinstance(ignore_keys, str):
+        raise ValueError(f"ignore_keys is '{ignore_keys}'; give a list of prefixes: [{ignore_keys}]")
+    ignored = tuple(ignore_keys)
+    weights = {key: value for key, value in without_wrapper_prefixes(state_dict).items() if not key.startswith(ignored)}
     own = without_wrapper_prefixes(module.state_dict(keep_vars=True))
-    notes: list[str] = []
+    own = {key: value for key, value in own.items() if not key.startswith(ignored)}
+    notes = [f"keys that begin with {', '.join(ignored)} are passed over, as asked"] if ignored else []
 
     tables = {key for key in SCHEDULE_TABLES if key in own}
     if getattr(module, "zero_terminal_snr", False):
@@ -249,7 +274,8 @@ def _compare_schedule(
         if key not in weights or own[key].is_meta:
             continue
         stored, exact = weights[key].double(), own[key].double().cpu()
-        if stored.shape != exact.shape or (key == "alphas_cumprod" and not _agree(stored, exact)):
+        rounding = torch.finfo(weights[key].dtype).eps if weights[key].is_floating_point() else 0.0
+        if stored.shape != exact.shape or (key == "alphas_cumprod" and not _agree(stored, exact, rounding)):
             raise ValueError(
                 f"checkpoint '{source}' was made with another noise schedule ({key} differs); set timesteps, "
                 "beta_schedule, linear_start and linear_end of the config as in the model's own config"
@@ -258,8 +284,8 @@ def _compare_schedule(
     return [f"{rounded} schedule tables are rounded in the file: the exact ones are kept"] if rounded else []
 
 
-def _agree(stored: Tensor, exact: Tensor) -> bool:
-    return bool(torch.allclose(stored, exact, rtol=_ROUNDING, atol=1e-6))
+def _agree(stored: Tensor, exact: Tensor, rounding: float) -> bool:
+    return bool(torch.allclose(stored, exact, rtol=max(_ROUNDING, rounding), atol=1e-6))
 
 
 def _refuse_non_finite(weights: Mapping[str, Tensor], keys: Iterable[str], source: str) -> None:

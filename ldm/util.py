@@ -64,7 +64,7 @@ def instantiate_from_config(config: Mapping[str, Any] | str) -> Any:
     """
     if config in ("__is_first_stage__", "__is_unconditional__"):
         return None
-    if isinstance(config, str) or "target" not in config:
+    if not isinstance(config, Mapping) or "target" not in config:
         raise ValueError(f"expected a mapping with the key 'target', got {config!r}")
     return get_obj_from_str(config["target"])(**(config.get("params") or {}))
 

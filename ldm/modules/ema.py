@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, nn
 
 
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Give a model's parameters by their plain names, also where compiling has wrapped parts of it."""
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
+
+
 class LitEma(nn.Module):
     """Shadow copy of a model's trainable parameters.
 
@@ -30,11 +35,11 @@ class LitEma(nn.Module):
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"the EMA decay is {decay}; it must lie within 0 and 1")
         self.m_name2s_name = {
-            name: name.replace(".", "") for name, parameter in model.named_parameters() if parameter.requires_grad
+            name: name.replace(".", "") for name, parameter in _parameters(model).items() if parameter.requires_grad
         }
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int32))
-        parameters = dict(model.named_parameters())
+        parameters = _parameters(model)
         for name, shadow_name in self.m_name2s_name.items():
             self.register_buffer(shadow_name, parameters[name].detach().clone())
         self.collected_params: list[Tensor] = []
@@ -46,16 +51,23 @@ class LitEma(nn.Module):
         if self.num_updates >= 0:
             self.num_updates += 1
             decay = torch.minimum(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        parameters = dict(model.named_parameters())
+        parameters = _parameters(model)
         shadows = dict(self.named_buffers())
         for name, shadow_name in self.m_name2s_name.items():
             shadow = shadows[shadow_name]
             shadow.sub_((1.0 - decay) * (shadow - parameters[name]))
 
     @torch.no_grad()
+    def reset(self, model: nn.Module) -> None:
+        """Start the averages anew from a model's weights."""
+        parameters, shadows = _parameters(model), dict(self.named_buffers())
+        for name, shadow_name in self.m_name2s_name.items():
+            shadows[shadow_name].copy_(parameters[name])
+
+    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the model's parameters with the shadow."""
-        parameters = dict(model.named_parameters())
+        parameters = _parameters(model)
         shadows = dict(self.named_buffers())
         for name, shadow_name in self.m_name2s_name.items():
             parameters[name].copy_(shadows[shadow_name])

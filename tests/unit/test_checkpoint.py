@@ -5,6 +5,7 @@ import pickle
 import sys
 import types
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -93,12 +94,21 @@ def test_a_truncated_file_is_called_damaged(tmp_path, other, suffix):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello, this is no checkpoint", pickle.dumps([1, 2])])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello, this is no checkpoint", b"rubbish\n", b"model:\n  target: x\n", b"<html>", pickle.dumps([1, 2])],
+)
 def test_a_file_that_is_no_checkpoint_says_so(tmp_path, content):
     path = tmp_path / "w.ckpt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"w\.ckpt"):
+    with pytest.raises(ValueError, match=r"w\.ckpt' (is damaged|holds a list)"):
         read_checkpoint(path)
+
+
+def test_numbers_of_numpy_among_the_schedulers_are_read_as_nothing(tmp_path, other):
+    states = [{"_last_lr": [np.float64(1e-4)]}]
+    torch.save({"state_dict": other, "lr_schedulers": states}, tmp_path / "w.ckpt")
+    assert read_weights(tmp_path / "w.ckpt").keys() == other.keys()
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
@@ -193,6 +203,16 @@ def test_rounded_schedule_tables_never_replace_the_exact_ones(other):
     report = load_weights(model, other | {"alphas_cumprod": exact.half()}, source="f")
     assert torch.equal(model.alphas_cumprod, exact)
     assert any("schedule" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_real_schedule_is_recognised_in_half_precision(dtype):
+    from ldm.models.diffusion.noise_schedule import build_noise_schedule
+
+    model = Model()
+    model.alphas_cumprod = build_noise_schedule(linear_start=0.00085, linear_end=0.012).tensors()["alphas_cumprod"]
+    stored = {key: value.to(dtype) for key, value in weights_of(model).items()}
+    assert load_weights(model, stored, source="f").loaded == 4
 
 
 def test_weights_of_another_noise_schedule_are_refused(other):

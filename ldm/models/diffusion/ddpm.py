@@ -5,8 +5,7 @@ Wiring only: the formulas stand in the files beside this one.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +13,14 @@ import pytorch_lightning as pl
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldm import exposure
 from ldm.checkpoint import load_weights, read_weights, without_wrapper_prefixes
-from ldm.models.diffusion import gaussian_diffusion, image_rows, loss
+from ldm.models.autoencoder import VQModelInterface
+from ldm.models.diffusion import ancestral, gaussian_diffusion, image_rows, loss
 from ldm.models.diffusion.conditioning import CONDITIONING_KEYS, Condition, as_arguments
 from ldm.models.diffusion.noise_schedule import build_noise_schedule, condition_timesteps
-from ldm.modules.diffusionmodules.util import noise_like
+from ldm.models.keyed_batches import batch_exposures, move_draw
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config, mean_flat
@@ -29,9 +28,9 @@ from ldm.util import instantiate_from_config, mean_flat
 Batch = Mapping[str, Any]
 
 
-def _move(draw: Tensor, device: torch.device) -> Tensor:
-    """Move a draw from the CPU without waiting for the device, as copying from pageable memory would."""
-    return draw.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draw.to(device)
+def _refuse_codebook_ids(asked: bool) -> None:
+    if asked:
+        raise ValueError("return_codebook_ids: models that predict codebook ids are not supported")
 
 
 class DiffusionWrapper(pl.LightningModule):
@@ -227,7 +226,7 @@ class DDPM(pl.LightningModule):
         else:
             self.register_buffer("logvar", logvar, persistent=False)
         self.model.requires_grad_(unfreeze_model)
-        if ckpt_path is not None and type(self) is DDPM:
+        if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
     def register_schedule(
@@ -262,18 +261,20 @@ class DDPM(pl.LightningModule):
 
         Args:
             path: ``.ckpt`` or ``.safetensors``.
-            ignore_keys: prefixes to pass over.
-            only_model: load only the network (keys below ``model.``).
+            ignore_keys: prefixes to pass over: what they name keeps its values.
+            only_model: load only the network (keys below ``model.``); moving averages start from it.
 
         Raises:
             OSError, ValueError: see :mod:`ldm.checkpoint`.
         """
-        weights = {key: value for key, value in read_weights(path).items() if not key.startswith(tuple(ignore_keys))}
+        weights = read_weights(path)
         if only_model:
             network = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
-            load_weights(self.model, network, source=path)
+            load_weights(self.model, network, source=path, ignore_keys=ignore_keys)
+            if self.use_ema:
+                self.model_ema.reset(self.model)
         else:
-            load_weights(self, weights, source=path)
+            load_weights(self, weights, source=path, ignore_keys=ignore_keys)
 
     # --- the diffusion process -----------------------------------------------------------------------------
 
@@ -308,154 +309,32 @@ class DDPM(pl.LightningModule):
         """
         return self.model(x_noisy, t, **as_arguments(cond, self.model.conditioning_key))
 
-    def p_mean_variance(
-        self,
-        x: Tensor,
-        c: Condition,
-        t: Tensor,
-        clip_denoised: bool,
-        return_codebook_ids: bool = False,
-        quantize_denoised: bool = False,
-        return_x0: bool = False,
-        score_corrector: Any = None,
-        corrector_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Give mean, variance and clipped log-variance of p(x_{t-1} | x_t), and with ``return_x0`` the x_0.
+    def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Give mean, variance and clipped log-variance of p(x_{t-1} | x_t), unconditionally.
 
-        Args:
-            x: x_t, (B, C, H, W).
-            c: the condition.
-            t: int64 (B,).
-            clip_denoised: clip the estimate of x_0 to [-1, 1].
-            return_codebook_ids: refused: no model here predicts codebook ids.
-            quantize_denoised: replace it by its nearest codes.
-            return_x0: also return it.
-            score_corrector: see :class:`~ldm.models.diffusion.sampling.Guide`.
-            corrector_kwargs: see there.
-
-        Reference:
-            Ho et al. 2020, arXiv 2006.11239, eq. 11.
+        See :func:`~ldm.models.diffusion.ancestral.p_mean_variance`.
         """
-        if return_codebook_ids:
-            raise ValueError("return_codebook_ids: models that predict codebook ids are not supported")
-        output = self.apply_model(x, t, c)
-        if score_corrector is not None:
-            output = score_corrector.modify_score(self, output, x, t, c, **(corrector_kwargs or {}))
-        x_recon = gaussian_diffusion.to_x0(self, self.parameterization, x, t, output)
-        if clip_denoised:
-            x_recon = x_recon.clamp(-1.0, 1.0)
-        if quantize_denoised:
-            x_recon = self.first_stage_model.quantize(x_recon)[0]
-        mean_variance = self.q_posterior(x_recon, x, t)
-        return (*mean_variance, x_recon) if return_x0 else mean_variance
+        return ancestral.p_mean_variance(self, x, None, t, clip_denoised)[:3]
 
-    @torch.no_grad()
-    def p_sample(
-        self,
-        x: Tensor,
-        c: Condition,
-        t: Tensor,
-        clip_denoised: bool = False,
-        repeat_noise: bool = False,
-        return_codebook_ids: bool = False,
-        quantize_denoised: bool = False,
-        return_x0: bool = False,
-        temperature: float = 1.0,
-        noise_dropout: float = 0.0,
-        score_corrector: Any = None,
-        corrector_kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Draw x_{t-1} given x_t; see :meth:`p_mean_variance`. No noise is added where t is 0."""
-        mean, _, log_variance, x0 = self.p_mean_variance(
-            x,
-            c,
-            t,
-            clip_denoised,
-            return_codebook_ids=return_codebook_ids,
-            quantize_denoised=quantize_denoised,
-            return_x0=True,
-            score_corrector=score_corrector,
-            corrector_kwargs=corrector_kwargs,
-        )
-        noise = noise_like(x.shape, x.device, repeat_noise).to(x.dtype) * temperature
-        if noise_dropout > 0.0:
-            noise = torch.nn.functional.dropout(noise, p=noise_dropout)
-        moves = (t != 0).to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
-        sample = mean + moves * torch.exp(0.5 * log_variance) * noise
-        return (sample, x0) if return_x0 else sample
+    def p_sample(self, x: Tensor, t: Tensor, clip_denoised: bool = True, repeat_noise: bool = False) -> Tensor:
+        """Draw x_{t-1} given x_t, unconditionally; see :func:`~ldm.models.diffusion.ancestral.p_sample`."""
+        return ancestral.p_sample(self, x, None, t, clip_denoised, repeat_noise)[0]
 
-    @torch.no_grad()
-    def p_sample_loop(
-        self,
-        cond: Condition,
-        shape: Sequence[int],
-        return_intermediates: bool = False,
-        x_T: Tensor | None = None,
-        verbose: bool = True,
-        callback: Callable[[int], None] | None = None,
-        timesteps: int | None = None,
-        quantize_denoised: bool = False,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        img_callback: Callable[[Tensor, int], None] | None = None,
-        start_T: int | None = None,
-        log_every_t: int | None = None,
-    ) -> Any:
-        """Sample by stepping through every timestep.
+    def p_sample_loop(self, shape: Sequence[int], return_intermediates: bool = False) -> Any:
+        """Sample unconditionally; see :func:`~ldm.models.diffusion.ancestral.p_sample_loop`."""
+        samples, intermediates = ancestral.p_sample_loop(self, None, shape, verbose=False)
+        return (samples, intermediates) if return_intermediates else samples
 
-        Args:
-            cond: the condition.
-            shape: (B, C, H, W).
-            return_intermediates: also return the list of logged x.
-            x_T: starting noise; drawn if None.
-            verbose: show a progress bar.
-            callback: called with t after each step.
-            img_callback: called with x and t after each step.
-            timesteps: begin this many steps before the end; all if None.
-            quantize_denoised: see :meth:`p_mean_variance`.
-            mask: inpainting: 1 where x0 is to be kept.
-            x0: what to keep there.
-            start_T: upper bound on ``timesteps``.
-            log_every_t: timesteps between intermediates.
+    def sample(self, batch_size: int = 16, return_intermediates: bool = False) -> Any:
+        """Sample (batch_size, channels, image_size, image_size) unconditionally."""
+        return self.p_sample_loop(self._sample_shape(batch_size), return_intermediates)
 
-        Reference:
-            Ho et al. 2020, arXiv 2006.11239, algorithm 2.
-        """
-        log_every_t = log_every_t or self.log_every_t
-        x = torch.randn(tuple(shape), device=self.betas.device) if x_T is None else x_T
-        steps = min(timesteps or self.num_timesteps, start_T or self.num_timesteps)
-        intermediates = [x]
-        for index in tqdm(reversed(range(steps)), total=steps, desc="sampling", disable=not verbose):
-            t = torch.full((shape[0],), index, device=x.device, dtype=torch.int64)
-            x = self.p_sample(
-                x,
-                self._noised_condition(cond, t),
-                t,
-                clip_denoised=self.clip_denoised,
-                quantize_denoised=quantize_denoised,
-            )
-            if mask is not None and x0 is not None:
-                x = self.q_sample(x0, t) * mask + (1.0 - mask) * x
-            if index % log_every_t == 0 or index == steps - 1:
-                intermediates.append(x)
-            if callback is not None:
-                callback(index)
-            if img_callback is not None:
-                img_callback(x, index)
-        return (x, intermediates) if return_intermediates else x
+    def _sample_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return batch_size, self.channels, height, width
 
-    @torch.no_grad()
-    def sample(
-        self, cond: Condition = None, batch_size: int = 16, shape: Sequence[int] | None = None, **kwargs: Any
-    ) -> Any:
-        """Sample with :meth:`p_sample_loop`; the shape comes from ``channels`` and ``image_size`` if not given."""
-        if shape is None:
-            size = self.image_size
-            height, width = (size, size) if isinstance(size, int) else size
-            shape = (batch_size, self.channels, height, width)
-        return self.p_sample_loop(cond, shape, **kwargs)
-
-    def _noised_condition(self, cond: Condition, t: Tensor, exposures: Tensor | None = None) -> Condition:
+    def noised_condition(self, cond: Condition, t: Tensor, exposures: Tensor | None = None) -> Condition:
         """Noise the condition as far as the model's timesteps of the condition ask for: not at all, here."""
         return cond
 
@@ -472,11 +351,15 @@ class DDPM(pl.LightningModule):
         """Compare prediction and target by ``loss_type``; see :func:`~ldm.models.diffusion.loss.distance`."""
         return loss.distance(pred, target, self.loss_type, mean)
 
-    def p_losses(
+    def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the training loss at given timesteps, unconditionally; see :meth:`losses`."""
+        return self.losses(x_start, None, t, noise)
+
+    def losses(
         self,
         x_start: Tensor,
-        cond: Condition = None,
-        t: Tensor | None = None,
+        cond: Condition,
+        t: Tensor,
         noise: Tensor | None = None,
         shown_noise: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -484,8 +367,8 @@ class DDPM(pl.LightningModule):
 
         Args:
             x_start: (B, C, H, W) clean samples.
-            cond: encoded condition.
-            t: int64 (B,); drawn if None.
+            cond: encoded condition, or None.
+            t: int64 (B,).
             noise: standard normals of x_start's shape; drawn if None.
             shown_noise: what the network's input is noised with, where that shall differ from the target's noise.
 
@@ -495,7 +378,6 @@ class DDPM(pl.LightningModule):
         Reference:
             Ho et al. 2020, arXiv 2006.11239, algorithm 1; Rombach et al. 2022, arXiv 2112.10752, eq. 3.
         """
-        t = self._random_timesteps(x_start) if t is None else t
         noise = torch.randn_like(x_start) if noise is None else noise
         x_noisy = self.q_sample(x_start, t, noise if shown_noise is None else shown_noise)
         output = self.apply_model(x_noisy, t, cond)
@@ -538,12 +420,12 @@ class DDPM(pl.LightningModule):
             exposures: int64 (B, 4): what timesteps and noise are drawn from; torch's generators if None.
         """
         t = self._draw_timesteps(x, exposures)
-        return self.p_losses(x, None, t, *self._draw_noise(x, exposures))
+        return self.losses(x, None, t, *self._draw_noise(x, exposures))
 
     def _draw_timesteps(self, x: Tensor, exposures: Tensor | None) -> Tensor:
         if exposures is None:
             return self._random_timesteps(x)
-        return _move(exposure.randint("timestep", exposures, self.num_timesteps), x.device)
+        return move_draw(exposure.randint("timestep", exposures, self.num_timesteps), x.device)
 
     def _draw_noise(self, x: Tensor, exposures: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Draw the noise to predict, and the noise to show the network where that differs."""
@@ -560,7 +442,7 @@ class DDPM(pl.LightningModule):
         """Draw standard normals of a tensor's shape: for each exposure, or from torch's generators."""
         if exposures is None:
             return torch.randn_like(like.float())
-        return _move(exposure.randn(purpose, exposures, like.shape[1:]), like.device)
+        return move_draw(exposure.randn(purpose, exposures, like.shape[1:]), like.device)
 
     def get_input(self, batch: Batch, k: str) -> Any:
         """Take pictures or maps from a batch: (B, H, W) or (B, H, W, C) -> float32 (B, C, H, W)."""
@@ -577,12 +459,9 @@ class DDPM(pl.LightningModule):
 
     def _exposures(self, batch: Batch, batch_idx: int) -> Tensor:
         """Give the batch's exposure keys on the CPU; batches of foreign data sets get them by position."""
-        if "exposure" in batch:
-            return batch["exposure"].cpu()
-        size = len(batch[self.first_stage_key])
-        positions = torch.arange(size) + (self.global_rank << 32)
-        seed, epoch = (int(os.environ.get("PL_GLOBAL_SEED", "0")), self.current_epoch) if self.training else (0, 0)
-        return torch.stack([exposure.exposure_row(seed, epoch, batch_idx, int(position)) for position in positions])
+        return batch_exposures(
+            batch, self.first_stage_key, batch_idx, self.current_epoch, self.global_rank, training=self.training
+        )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch to the device, but for its exposure keys: fetching those back would wait for the device."""
@@ -628,12 +507,14 @@ class DDPM(pl.LightningModule):
         if not self.use_ema:
             yield
             return
-        self.model_ema.store(self.model.parameters())
+        live = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.model_ema.copy_to(self.model)
         try:
             yield
         finally:
-            self.model_ema.restore(self.model.parameters())
+            with torch.no_grad():
+                for parameter, kept in zip(self.model.parameters(), live, strict=True):
+                    parameter.copy_(kept)
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Give the parameters to train by part, in the order of the optimiser; parts without any are left out."""
@@ -721,7 +602,7 @@ class LatentDiffusion(DDPM):
         conditioning_key: how conditions reach the network.
         scale_factor: factor from the first stage's latents to the network's.
         scale_by_std: take 1 / standard deviation of the first batch's latents as that factor.
-        ckpt_path, ignore_keys: weights to load, and prefixes of keys to pass over.
+        ckpt_path, ignore_keys, load_only_unet: weights to load; see :class:`DDPM`.
         **kwargs: arguments of :class:`DDPM`.
 
     Reference:
@@ -745,6 +626,7 @@ class LatentDiffusion(DDPM):
         scale_by_std: bool = False,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
         **kwargs: Any,
     ) -> None:
         if conditioning_key is None:
@@ -766,13 +648,19 @@ class LatentDiffusion(DDPM):
         self.cond_stage_trainable = cond_stage_trainable
         self.cond_stage_forward = cond_stage_forward
         self.scale_by_std = scale_by_std
+        if scale_by_std and scale_factor != 1.0:
+            raise ValueError("model.params: give scale_factor or scale_by_std, not both")
         if scale_by_std:
-            self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+            self.register_buffer("scale_factor", torch.tensor(1.0))
         else:
             self.scale_factor = scale_factor
 
         self.first_stage_model = instantiate_from_config(first_stage_config)
         self.first_stage_model.requires_grad_(False)
+        if cond_stage_config == "__is_first_stage__" and cond_stage_trainable:
+            raise ValueError(
+                "model.params: cond_stage_trainable cannot be true where the condition's encoder is the first stage"
+            )
         if cond_stage_config == "__is_first_stage__":
             self.cond_stage_model = self.first_stage_model
         else:
@@ -782,9 +670,8 @@ class LatentDiffusion(DDPM):
             if self.cond_stage_model is not None:
                 self.cond_stage_model.requires_grad_(self.cond_stage_trainable)
         self.clip_denoised = False
-        self.restarted_from_ckpt = ckpt_path is not None
         if ckpt_path is not None:
-            self.init_from_ckpt(ckpt_path, ignore_keys)
+            self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> LatentDiffusion:
@@ -817,7 +704,10 @@ class LatentDiffusion(DDPM):
         elif isinstance(encoder_posterior, Tensor):
             z = encoder_posterior
         else:
-            raise ValueError(f"the first stage encodes to {type(encoder_posterior).__name__}, which is not supported")
+            raise ValueError(
+                f"the first stage encodes to a {type(encoder_posterior).__name__}, which is neither a posterior nor "
+                "latents; a VQ first stage has target: ldm.models.autoencoder.VQModelInterface"
+            )
         return self.scale_factor * z
 
     @torch.no_grad()
@@ -826,14 +716,16 @@ class LatentDiffusion(DDPM):
 
         Args:
             z: scaled latents.
-            predict_cids: refused: no model here predicts codebook ids.
+            predict_cids: z holds scores of the codes of a VQ first stage (B, n_embed, h, w), or codes (B, h, w).
             force_not_quantize: decode vector-quantised latents as they are.
         """
         if predict_cids:
-            raise ValueError("predict_cids: models that predict codebook ids are not supported")
+            codes = z.argmax(dim=1) if z.ndim == 4 else z
+            codebook = self.first_stage_model.quantize
+            z = codebook.get_codebook_entry(codes.reshape(-1), (*codes.shape, codebook.e_dim))
         z = z / self.scale_factor
-        if force_not_quantize:
-            return self.first_stage_model.decode(z, force_not_quantize=True)
+        if isinstance(self.first_stage_model, VQModelInterface):
+            return self.first_stage_model.decode(z, force_not_quantize=predict_cids or force_not_quantize)
         return self.first_stage_model.decode(z)
 
     # --- condition -----------------------------------------------------------------------------------------
@@ -906,7 +798,111 @@ class LatentDiffusion(DDPM):
             }
         return DDPM.get_input(self, batch, key)[:bs].to(self.device)
 
+    # --- sampling ------------------------------------------------------------------------------------------
+
+    def p_mean_variance(  # type: ignore[override]
+        self,
+        x: Tensor,
+        c: Condition,
+        t: Tensor,
+        clip_denoised: bool,
+        return_codebook_ids: bool = False,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Give mean, variance and clipped log-variance of p(x_{t-1} | x_t), and with ``return_x0`` the x_0.
+
+        See :func:`~ldm.models.diffusion.ancestral.p_mean_variance`; ``return_codebook_ids`` is refused.
+        """
+        _refuse_codebook_ids(return_codebook_ids)
+        parts = ancestral.p_mean_variance(
+            self, x, c, t, clip_denoised, quantize_denoised, score_corrector, corrector_kwargs
+        )
+        return parts if return_x0 else parts[:3]
+
+    def p_sample(  # type: ignore[override]
+        self,
+        x: Tensor,
+        c: Condition,
+        t: Tensor,
+        clip_denoised: bool = False,
+        repeat_noise: bool = False,
+        return_codebook_ids: bool = False,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Draw x_{t-1} given x_t, and with ``return_x0`` also give the estimate of x_0.
+
+        See :func:`~ldm.models.diffusion.ancestral.p_sample`; ``return_codebook_ids`` is refused.
+        """
+        _refuse_codebook_ids(return_codebook_ids)
+        sample, x0 = ancestral.p_sample(
+            self,
+            x,
+            c,
+            t,
+            clip_denoised,
+            repeat_noise,
+            temperature,
+            noise_dropout,
+            quantize_denoised=quantize_denoised,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+        )
+        return (sample, x0) if return_x0 else sample
+
+    def p_sample_loop(  # type: ignore[override]
+        self, cond: Condition, shape: Sequence[int], return_intermediates: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Sample by stepping through every timestep.
+
+        Further arguments are, in this order, those of :func:`~ldm.models.diffusion.ancestral.p_sample_loop`
+        from ``x_T`` on.
+        """
+        samples, intermediates = ancestral.p_sample_loop(self, cond, shape, *args, **kwargs)
+        return (samples, intermediates) if return_intermediates else samples
+
+    def sample(  # type: ignore[override]
+        self,
+        cond: Condition = None,
+        batch_size: int = 16,
+        return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = True,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        shape: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Sample with :meth:`p_sample_loop`; the shape comes from ``channels`` and ``image_size`` if not given."""
+        return self.p_sample_loop(
+            cond,
+            self._sample_shape(batch_size) if shape is None else shape,
+            return_intermediates,
+            x_T=x_T,
+            verbose=verbose,
+            timesteps=timesteps,
+            quantize_denoised=quantize_denoised,
+            mask=mask,
+            x0=x0,
+            **kwargs,
+        )
+
     # --- loss ----------------------------------------------------------------------------------------------
+
+    def p_losses(  # type: ignore[override]
+        self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the training loss at given timesteps under an encoded condition; see :meth:`losses`."""
+        return self.losses(x_start, cond, t, noise)
 
     def shared_step(self, batch: Batch, exposures: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute a batch's loss and what to log."""
@@ -927,13 +923,15 @@ class LatentDiffusion(DDPM):
         if self.model.conditioning_key is not None:
             if self.cond_stage_trainable:
                 c = self.get_learned_conditioning(c)
-            c = self._noised_condition(c, t, exposures)
-        return self.p_losses(x, c, t, *self._draw_noise(x, exposures))
+            c = self.noised_condition(c, t, exposures)
+        return self.losses(x, c, t, *self._draw_noise(x, exposures))
 
-    def _noised_condition(self, cond: Condition, t: Tensor, exposures: Tensor | None = None) -> Condition:
+    def noised_condition(self, cond: Condition, t: Tensor, exposures: Tensor | None = None) -> Condition:
         """Noise the condition to the timestep that ``num_timesteps_cond`` assigns to each t."""
-        if not self.shorten_cond_schedule:
+        if not self.shorten_cond_schedule or cond is None:
             return cond
+        if not isinstance(cond, Tensor):
+            raise ValueError("model.params.num_timesteps_cond above 1 needs a condition that is one tensor")
         return self.q_sample(cond, self.cond_ids[t], self._draw_normals("condition_noise", cond, exposures))
 
     @torch.no_grad()
@@ -972,13 +970,11 @@ class LatentDiffusion(DDPM):
         return {name: parameters for name, parameters in parts.items() if parameters}
 
     @torch.no_grad()
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure the latents' scale on the very first batch, where ``scale_by_std`` asks for it."""
         first = self.global_step == 0 and self.current_epoch == 0 and batch_idx == 0
-        if not (self.scale_by_std and first and not self.restarted_from_ckpt):
-            return
-        if isinstance(self.scale_factor, Tensor):
-            if float(self.scale_factor) != 1.0:
-                raise ValueError("model.params: give scale_factor or scale_by_std, not both")
-            z = self.get_input(batch, self.first_stage_key, exposures=self._exposures(batch, batch_idx))[0]
-            self.scale_factor.copy_(1.0 / z.flatten().std())
+        if not first or not isinstance(self.scale_factor, Tensor) or float(self.scale_factor) != 1.0:
+            return  # a factor that is there already came with the weights
+        exposures = self._exposures(batch, batch_idx) if "exposure" in batch else None
+        z = self.get_input(batch, self.first_stage_key, exposures=exposures)[0]
+        self.scale_factor.copy_(1.0 / z.flatten().std())

@@ -57,6 +57,7 @@ def latent_rows(
     if not sample:
         return rows
     sampler = DDIMSampler(model)
+    ddim_steps = min(ddim_steps, model.num_timesteps)
     count, shape = len(z), tuple(z.shape[1:])
     with model.ema_scope():
         plain, _ = sampler.sample(ddim_steps, count, shape, cond, eta=ddim_eta, verbose=False)
@@ -92,7 +93,7 @@ def pixel_rows(
         shape = (pictures.shape[1], pictures.shape[2], pictures.shape[3])
         with model.ema_scope():
             rows["samples"], _ = DDIMSampler(model).sample(
-                ddim_steps, len(pictures), shape, eta=ddim_eta, verbose=False
+                min(ddim_steps, model.num_timesteps), len(pictures), shape, eta=ddim_eta, verbose=False
             )
     return rows
 

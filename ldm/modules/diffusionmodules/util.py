@@ -85,6 +85,7 @@ def make_ddim_timesteps(
         timesteps = np.arange(steps, dtype=np.int64) * total // steps + first
     elif ddim_discr_method == "quad":
         timesteps = (np.linspace(0, np.sqrt(total * 0.8), steps) ** 2).astype(np.int64) + 1
+        timesteps = np.minimum(timesteps, total - 1)
     else:
         raise ValueError(f"ddim_discr_method '{ddim_discr_method}' is unknown; use uniform or quad")
     if verbose:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
@@ -135,15 +136,15 @@ def test_a_condition_schedule_noises_the_condition():
     cond = torch.ones(2, 3, 32)
     exposures = picture_batch()["exposure"]
     t = torch.tensor([0, 4])
-    noised = model._noised_condition(cond, t, exposures)
+    noised = model.noised_condition(cond, t, exposures)
     assert (noised[0] - cond[0]).abs().max() < (noised[1] - cond[1]).abs().max()
-    assert torch.equal(noised, model._noised_condition(cond, t, exposures))
+    assert torch.equal(noised, model.noised_condition(cond, t, exposures))
 
 
 def test_scale_by_std_takes_its_factor_from_the_first_batch_and_saves_it():
     scaled = build_text_model(scale_by_std=True)
     assert scaled.state_dict()["scale_factor"].item() == 1.0
-    scaled._trainer = type("Trainer", (), {"global_step": 0, "current_epoch": 0})()
+    scaled._trainer = type("Trainer", (), {"global_step": 0, "current_epoch": 0, "global_rank": 0})()
     batch = picture_batch()
     scaled.on_train_batch_start(batch, 0)
     factor = scaled.scale_factor.item()
@@ -234,7 +235,7 @@ def test_diffusion_on_pixels_trains_and_samples():
     model = DDPM(unet_config=unet_config(in_channels=3, out_channels=3), timesteps=4, image_size=8, use_ema=True)
     batch = picture_batch(size=(8, 8))
     model.shared_step(batch, batch["exposure"])[0].backward()
-    assert model.sample(batch_size=2, verbose=False).shape == (2, 3, 8, 8)
+    assert model.sample(2).shape == (2, 3, 8, 8)
     assert set(model.log_images(batch, N=2, ddim_steps=2)) == {"inputs", "samples"}
 
 
@@ -254,3 +255,167 @@ def test_saved_keys_are_clean_and_come_back_into_a_compiled_model():
     assert list(checkpoint["state_dict"]) == plain
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
+
+
+def build_pixel_model(**params):
+    torch.manual_seed(0)
+    config = unet_config(in_channels=3, out_channels=3)
+    return with_random_weights(DDPM(unet_config=config, timesteps=4, image_size=8, **({"use_ema": False} | params)))
+
+
+def test_the_pixel_model_keeps_compvis_argument_order():
+    model = build_pixel_model()
+    x, t, noise = torch.randn(2, 3, 8, 8), torch.tensor([1, 3]), torch.randn(2, 3, 8, 8)
+    first, again = (model.p_losses(x, t, noise)[0] for _ in range(2))
+    assert first.item() == again.item()
+    assert len(model.p_mean_variance(x=x, t=t, clip_denoised=True)) == 3
+    assert model.p_sample(x, t).shape == x.shape
+    samples, intermediates = model.p_sample_loop((2, 3, 8, 8), return_intermediates=True)
+    assert samples.shape == x.shape
+    assert len(intermediates) == 3
+    assert model.sample(5).shape == (5, 3, 8, 8)
+
+
+def test_the_latent_model_keeps_compvis_argument_order(model):
+    c, x_T = torch.randn(2, 3, 32), torch.randn(2, 4, 8, 8)
+    samples, intermediates = model.sample(c, 2, True, x_T, False, 3, shape=(2, 4, 8, 8))
+    assert samples.shape == x_T.shape
+    assert torch.equal(intermediates[0], x_T)
+
+
+def save(tmp_path, model, **extra):
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": model.state_dict() | extra}, path)
+    return str(path)
+
+
+def test_a_checkpoint_path_in_the_config_is_loaded(tmp_path):
+    source = build_text_model()
+    loaded = build_text_model(ckpt_path=save(tmp_path, source), unet={"num_heads": 2}, unfreeze_model=True)
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_a_missing_checkpoint_path_is_an_error_also_in_subclasses():
+    class Derived(DDPM):
+        pass
+
+    with pytest.raises(OSError, match="does not exist"):
+        Derived(unet_config=unet_config(in_channels=3, out_channels=3), use_ema=False, ckpt_path="none.ckpt")
+
+
+def test_ignored_keys_keep_their_values(tmp_path):
+    source = build_text_model()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1.0)
+    weights = {key: value for key, value in source.state_dict().items() if not key.startswith("first_stage_model")}
+    torch.save(weights, tmp_path / "weights.ckpt")
+    loaded = build_text_model(ckpt_path=str(tmp_path / "weights.ckpt"), ignore_keys=["first_stage_model"])
+    conv_in = "first_stage_model.encoder.conv_in.weight"
+    assert not torch.equal(loaded.state_dict()[conv_in], source.state_dict()[conv_in])
+    time_embed = "model.diffusion_model.time_embed.0.weight"
+    assert torch.equal(loaded.state_dict()[time_embed], source.state_dict()[time_embed])
+
+
+def test_one_ignored_key_without_a_list_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"give a list of prefixes: \[loss\]"):
+        build_text_model(ckpt_path=save(tmp_path, build_text_model()), ignore_keys="loss")
+
+
+def test_loading_the_unet_alone_leaves_the_rest_and_starts_its_averages(tmp_path):
+    source = build_pixel_model()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1.0)
+    path = save(tmp_path, source, **{"first_stage_model.conv.weight": torch.ones(1)})
+    loaded = build_pixel_model(use_ema=True, ckpt_path=path, load_only_unet=True)
+    weight = "diffusion_model.time_embed.0.weight"
+    assert torch.equal(loaded.model.state_dict()[weight], source.model.state_dict()[weight])
+    assert torch.equal(loaded.model_ema.diffusion_modeltime_embed0weight, source.model.state_dict()[weight])
+
+
+def test_moving_averages_work_on_compiled_networks():
+    model = build_text_model(use_ema=True)
+    model.model.diffusion_model = torch.compile(model.model.diffusion_model, backend="eager")
+    model.model_ema(model.model)
+    with model.ema_scope():
+        pass
+    assert int(model.model_ema.num_updates) == 1
+
+
+def test_scopes_of_the_averages_may_be_nested():
+    model = build_text_model(use_ema=True)
+    live = next(model.model.parameters())
+    with torch.no_grad():
+        live.add_(1.0)
+    changed = live.clone()
+    with model.ema_scope(), model.ema_scope():
+        assert not torch.equal(live, changed)
+    assert torch.equal(live, changed)
+
+
+def test_weights_that_bring_a_scale_keep_it():
+    model = build_text_model(scale_by_std=True)
+    model.scale_factor.fill_(0.5)
+    model._trainer = type("Trainer", (), {"global_step": 0, "current_epoch": 0, "global_rank": 0})()
+    model.on_train_batch_start(picture_batch(), 0, 0)
+    assert model.scale_factor.item() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"scale_by_std": True, "scale_factor": 0.18}, "not both"),
+        ({"cond_stage_config": "__is_first_stage__", "conditioning_key": "concat"}, "cannot be true"),
+        ({"cond_stage_config": None}, "'target'"),
+        ({"num_timesteps_cond": 0.5}, "it must be 1 to 1000"),
+    ],
+)
+def test_contradictory_settings_are_errors(params, message):
+    with pytest.raises(ValueError, match=message):
+        build_text_model(**params)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model with averages after five batches, two accumulated, through a real Trainer."""
+    model = build_text_model(use_ema=True)
+    model.learning_rate = 1e-2
+    before = [parameter.detach().clone() for parameter in model.model.parameters()]
+    batches = [picture_batch() for _ in range(5)]
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path_factory.mktemp("trained"),
+    )
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(model, loader, loader)
+    return model, trainer, before
+
+
+def test_averages_move_once_an_optimiser_step(trained):
+    model, trainer, _ = trained
+    assert trainer.global_step == 3
+    assert int(model.model_ema.num_updates) == 3
+
+
+def test_validation_is_logged_with_live_and_with_averaged_weights(trained):
+    _, trainer, _ = trained
+    metrics = trainer.callback_metrics
+    for name in ("loss_simple", "loss_vlb", "loss"):
+        assert f"val/{name}" in metrics
+        assert metrics[f"val/{name}"] != metrics[f"val/{name}_ema"]
+
+
+def test_gradients_are_freed_after_the_step(trained):
+    assert all(parameter.grad is None for parameter in trained[0].parameters())
+
+
+def test_training_changes_every_weight_of_the_network(trained):
+    model, _, before = trained
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.model.parameters(), strict=True))
