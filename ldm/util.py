@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from inspect import isfunction
 from typing import Any, TypeVar
@@ -121,7 +122,7 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
     pages = []
     for caption in xc:
         page = Image.new("RGB", (width, height), "white")
-        lines = [caption[start : start + characters] for start in range(0, len(caption), characters)]
+        lines = textwrap.wrap(caption, characters)
         ImageDraw.Draw(page).multiline_text((0, 0), "\n".join(lines), fill="black", font=font)
         pages.append(torch.from_numpy(np.asarray(page, dtype=np.float32) / 127.5 - 1.0).permute(2, 0, 1))
     return torch.stack(pages)
