@@ -60,7 +60,7 @@ def describe_run(run: Path, python: Path) -> str:
     if not checkpoint.is_file():
         raise FileNotFoundError(f"the run ended without {shown(checkpoint)}")
     pictures = sorted((run / "images").rglob("*.png")) + sorted((run / "images").rglob("*.jpg"))
-    samples = [path for path in pictures if "samples" in path.name]
+    samples = [path for path in pictures if path.name.startswith("overview")]
     if not samples:
         raise FileNotFoundError(f"the run ended without sample pictures below {shown(run / 'images')}")
     newest = max(samples, key=lambda path: (path.stat().st_mtime, path.name))
@@ -68,7 +68,8 @@ def describe_run(run: Path, python: Path) -> str:
         (
             f"run folder:       {shown(run)}",
             f"checkpoint:       {shown(checkpoint)} ({checkpoint.stat().st_size / 1e6:.0f} MB)",
-            f"sample pictures:  {len(samples)} below {shown(run / 'images')}, the newest is {newest.name}",
+            f"sample pictures:  {shown(newest)}",
+            f"                  ({len(pictures)} in its folder; noise, since the tiny model starts from random weights)",
             f"curves:           {shown(python)} -m tensorboard.main --logdir {shown(run)}",
             "                  then open http://localhost:6006 (Ctrl-C ends it)",
         )

@@ -15,7 +15,7 @@ def leave_run(logs: Path, stamp: str = "2026-01-01T00-00-00") -> Path:
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "last.ckpt").write_bytes(b"x" * 2_000_000)
     (run / "images" / "train").mkdir(parents=True)
-    (run / "images" / "train" / "samples_gs-000010.jpg").touch()
+    (run / "images" / "train" / "overview_gs-000010.jpg").touch()
     (run / "images" / "train" / "inputs_gs-000010.jpg").touch()
     return run
 
@@ -58,7 +58,7 @@ def test_it_prepares_trains_and_names_what_the_run_left(
     assert "quickstart2026-01-01T00-00-00_quickstart" in shown
     assert "2025" not in shown
     assert "last.ckpt (2 MB)" in shown
-    assert "samples_gs-000010.jpg" in shown
+    assert "overview_gs-000010.jpg" in shown
     assert "-m tensorboard.main --logdir" in shown
 
 
@@ -71,7 +71,7 @@ def test_a_failing_step_ends_it_with_that_step_s_status(
     assert "failed with exit status 5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["checkpoints/last.ckpt", "images/train/samples_gs-000010.jpg"])
+@pytest.mark.parametrize("missing", ["checkpoints/last.ckpt", "images/train/overview_gs-000010.jpg"])
 def test_a_run_without_its_results_is_a_failure(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
