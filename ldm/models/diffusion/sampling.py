@@ -381,7 +381,11 @@ def ddim_update(
     pred_x0 = (x - (1.0 - alpha) ** 0.5 * eps) / alpha**0.5
     if noise.quantize_x0:
         pred_x0 = model.first_stage_model.quantize(pred_x0)[0]
-    drawn = noise_like(x.shape, x.device, noise.repeat).to(x.dtype) if noise.source is None else noise.source(x)
+    if noise.source is None:
+        drawn = noise_like(x.shape, x.device, noise.repeat).to(x.dtype)
+    else:
+        # A source may draw on another device, and a copy that is multiplied by 0 is not worth waiting for.
+        drawn = noise.source(x) if sigma > 0.0 else torch.zeros_like(x)
     added = drawn * (sigma * noise.temperature)
     if noise.dropout > 0.0:
         added = F.dropout(added, p=noise.dropout)
