@@ -91,6 +91,7 @@ class FolderFormat:
         unet, dd = self.unet, self.ddconfig
         wanted: list[tuple[str, Any, Any]] = [
             ("conditioning_key", self.params.get("conditioning_key") or "crossattn", "crossattn"),
+            ("cond_stage_config.layer", _section(self.params, "cond_stage_config").get("layer") or "last", "last"),
             ("unet_config.use_spatial_transformer", unet.get("use_spatial_transformer", False), True),
             ("unet_config.num_classes", unet.get("num_classes"), None),
             ("unet_config.n_embed", unet.get("n_embed"), None),

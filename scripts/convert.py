@@ -406,6 +406,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             check_file_input(source, target, options.overwrite)
             lines = file_to_folder(source, target, params, options.half, options.ema)
+            skipped = (params["cond_stage_config"].get("params") or {}).get("clip_skip", 0)
+            if skipped:
+                lines.append(
+                    f"note: a diffusers folder does not record clip_skip; give its pipeline clip_skip={skipped}"
+                )
         for line in lines:
             print(line)
         print(f"written and read back: {target}")
