@@ -176,7 +176,7 @@ def _read_weights(run: Run) -> tuple[dict[str, Tensor] | None, str]:
     if not path:
         return None, "random weights (no --actual_resume was given)"
     if is_diffusers_folder(path):
-        return read_folder(path, run.config["model"]["params"]), path
+        return read_folder(path, run.config["model"].get("params") or {}), path
     return read_weights(path), path
 
 
