@@ -69,7 +69,7 @@ def describe_run(run: Path, python: Path) -> str:
             f"run folder:       {shown(run)}",
             f"checkpoint:       {shown(checkpoint)} ({checkpoint.stat().st_size / 1e6:.0f} MB)",
             f"sample pictures:  {shown(newest)}",
-            f"                  ({len(pictures)} in its folder; noise, since the tiny model starts from random weights)",
+            f"                  ({len(pictures)} in its folder; noise: the tiny model's weights are random at first)",
             f"curves:           {shown(python)} -m tensorboard.main --logdir {shown(run)}",
             "                  then open http://localhost:6006 (Ctrl-C ends it)",
         )
