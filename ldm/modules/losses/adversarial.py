@@ -79,24 +79,24 @@ class AdversarialLoss(nn.Module):
         Args:
             nll_loss: scalar reconstruction loss.
             g_loss: scalar adversarial loss of the generator.
-            last_layer: weights of the last layer; may be left out where no gradient is computed.
+            last_layer: weights of the last layer; may be left out where nothing is trained.
 
         Returns:
-            A scalar without gradient; 0 where no gradient is computed (in validation).
+            A scalar without gradient; 0 in evaluation where the losses' gradients do not reach the last layer.
 
         Raises:
-            ValueError: gradients are computed, and ``last_layer`` is missing.
+            ValueError: they do not reach it in training.
 
         Reference:
             Esser et al. 2021, arXiv 2012.09841, eq. 7.
         """
-        if not (nll_loss.requires_grad and g_loss.requires_grad):
+        gradients = [_gradient(value, last_layer) for value in (nll_loss, g_loss)]
+        if gradients[0] is None or gradients[1] is None:
+            if self.training and torch.is_grad_enabled():
+                raise ValueError("the adaptive weight needs last_layer, the weights that made the reconstructions")
             return torch.zeros((), device=nll_loss.device)
-        if last_layer is None:
-            raise ValueError("the adaptive weight needs last_layer, the decoder's last weights")
-        nll_gradient = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)[0].norm()
-        g_gradient = torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0].norm()
-        weight = (nll_gradient / (g_gradient + SMALLEST_GRADIENT)).clamp(0.0, LARGEST_WEIGHT).detach()
+        ratio = gradients[0].norm() / (gradients[1].norm() + SMALLEST_GRADIENT)
+        weight = ratio.clamp(0.0, LARGEST_WEIGHT).detach()
         return weight * self.discriminator_weight
 
     def judge(self, pictures: Tensor, cond: Tensor | None) -> Tensor:
@@ -141,6 +141,13 @@ class AdversarialLoss(nn.Module):
             return error, torch.zeros(1, device=error.device)
         distance = self.perceptual_loss(inputs.contiguous(), reconstructions.contiguous())
         return error + self.perceptual_weight * distance, distance
+
+
+def _gradient(value: Tensor, weights: Tensor | None) -> Tensor | None:
+    """Differentiate a scalar by weights, which it need not depend on."""
+    if weights is None or not (value.requires_grad and weights.requires_grad):
+        return None
+    return torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)[0]
 
 
 def named(split: str, **figures: Any) -> dict[str, Tensor]:
