@@ -1,11 +1,11 @@
 """Make pictures with unconditional and class-conditional models.
 
     python scripts/sample_diffusion.py --ckpt logs/faces2026-10-25T20-37-40_faces --n_samples 16
-    python scripts/sample_diffusion.py --ckpt cin.ckpt --config cin256.yaml --classes 25 187 448 --scale 3 --uncond_class 1000
+    python scripts/sample_diffusion.py --ckpt cin.ckpt --config cin.yaml --classes 25 187 --scale 3 --uncond_class 1000
 
 A run folder brings its own configuration. --n_samples is the number of pictures, for each class where there are
 classes; --batch_size says how many are made together, and changes nothing else.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

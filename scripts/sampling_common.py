@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -31,6 +31,8 @@ from ldm.util import get_obj_from_str, instantiate_from_config  # noqa: E402
 
 DEFAULT_CONFIG: Final = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
 USER_ERROR: Final = 2
+INTERRUPTED: Final = 130
+OUT_OF_MEMORY_WORDS: Final = ("out of memory", "can't allocate memory")
 SIDE: Final = 8
 """Width and height of a picture divide by this."""
 LARGEST_SEED: Final = 2**63 - 1
@@ -525,25 +527,6 @@ def model_name(checkpoint: Path) -> str:
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _exit_status(prog: str, status: list[int]) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        advice = "lower --n_samples, --H or --W"
-        status.append(_say(prog, f"out of memory: {advice} ({str(error).splitlines()[0][:120]})"))
-    except (ValueError, OSError) as error:
-        status.append(_say(prog, " ".join(str(error).split("\n"))))
-    except KeyboardInterrupt:
-        _say(prog, "stopped")
-        status.append(130)
-
-
-def _say(prog: str, message: str) -> int:
-    print(f"{prog}: error: {message}", file=sys.stderr)
-    return USER_ERROR
-
-
 def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace, prog: str) -> int:
     """Do a script's work, and word what the user can put right as one line.
 
@@ -555,7 +538,23 @@ def run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace,
     Returns:
         The exit status: 0; 2 where the user can put something right; 130 after Ctrl-C.
     """
-    status: list[int] = []
-    with console(0, False), _exit_status(prog, status):
-        work(options)
-    return status[0] if status else 0
+
+    def say(message: str) -> None:
+        print(f"{prog}: error: {message}", file=sys.stderr)
+
+    try:
+        with console(0, False):
+            work(options)
+    except KeyboardInterrupt:
+        say("stopped; what is written is whole")
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        say(" ".join(str(error).split("\n")))
+        return USER_ERROR
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)):
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        say(f"out of memory: make fewer pictures together, or smaller ones ({first[:120]})")
+        return USER_ERROR
+    return 0

@@ -1,11 +1,12 @@
-"""Make pictures from text.
+r"""Make pictures from text.
 
     python scripts/txt2img.py --ckpt sd_v1-5_vae.ckpt --prompt "a photo of a red panda in the snow"
-    python scripts/txt2img.py --ckpt logs/MyProject2026-10-25T20-37-40_MyProject --from-file prompts.txt --dpm_solver --ddim_steps 20
+    python scripts/txt2img.py --ckpt logs/MyProject2026-10-25T20-37-40_MyProject --from-file prompts.txt \
+        --dpm_solver --ddim_steps 20
 
 Each picture has its own seed, --seed plus its number from 0, and depends on that alone: not on how many are made
 together, nor on the device. The PNGs hold prompt, seed and settings.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

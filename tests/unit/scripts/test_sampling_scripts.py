@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 from typing import Any
@@ -542,6 +543,42 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match=r"cannot write .*00000\.png: No space left on device"):
         sampling_pictures.write_numbered(tmp_path / "samples", "", 5, b"content")
     assert list((tmp_path / "samples").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4 bytes\nat line 3")]
+)
+def test_too_little_memory_is_said_in_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(options: argparse.Namespace) -> None:
+        raise error
+
+    assert sampling_common.run(work, argparse.Namespace(), "txt2img.py") == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("txt2img.py: error: out of memory: make fewer pictures together, or smaller ones")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback() -> None:
+    def work(options: argparse.Namespace) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        sampling_common.run(work, argparse.Namespace(), "txt2img.py")
+
+
+@pytest.mark.parametrize("script", [txt2img, img2img, inpaint])
+def test_half_precision_makes_nearly_the_same_pictures(
+    tiny: Path, tmp_path: Path, photograph: Path, mask: Path, monkeypatch: pytest.MonkeyPatch, script: Any
+) -> None:
+    more = ["--n_iter", "1", "--n_samples", "1"]
+    more += [] if script is txt2img else ["--init-img", str(photograph)]
+    more += ["--mask", str(mask)] if script is inpaint else []
+    (full,) = draw(tiny, tmp_path / "full", *more, script=script)
+    # What a GPU does in float16, a CPU can do in bfloat16.
+    monkeypatch.setattr(sampling_common, "half_precision", lambda *_: torch.autocast("cpu", dtype=torch.bfloat16))
+    (half,) = draw(tiny, tmp_path / "half", *more, script=script)
+    difference = np.abs(full.astype(int) - half.astype(int))
+    assert 0 < difference.mean() < 4
 
 
 def test_noise_is_what_torch_draws_from_the_seed_on_the_cpu() -> None:
