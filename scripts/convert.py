@@ -23,6 +23,7 @@ import torch
 from checkpoint_files import (
     ROOT,
     apply_averages,
+    averaged_keys,
     check_target,
     format_of,
     halve,
@@ -129,7 +130,9 @@ def file_to_folder(source: Path, target: Path, params: Mapping[str, Any], half: 
     kind = foreign_kind(weights)
     if kind is not None:
         raise ValueError(f"'{source}' is {kind}; this reads Stable Diffusion v1")
-    weights = apply_averages(own_weights(weights, source), "bake" if ema else "drop", source)
+    weights = own_weights(weights, source)
+    has_averages = bool(averaged_keys(weights, source))
+    weights = apply_averages(weights, "bake" if ema else "drop", source)
     tables = schedule_tables(params)
     refuse_other_schedule(weights, tables, source)
     if half:
@@ -147,7 +150,10 @@ def file_to_folder(source: Path, target: Path, params: Mapping[str, Any], half: 
         different = [key for key, value in ours.items() if key not in stored or not identical(stored[key], value)]
         if different:
             raise OSError(f"what was written does not read back as it should ({different[0]}…); check the disk")
-        return compare_outputs(ours, partial, params)
+        lines = compare_outputs(ours, partial, params)
+    if has_averages and not ema:
+        lines.append(f"note: '{source}' holds moving averages too; --ema takes them in place of the weights")
+    return lines
 
 
 def folder_to_file(source: Path, target: Path, params: Mapping[str, Any], half: bool) -> list[str]:

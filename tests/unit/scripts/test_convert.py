@@ -164,11 +164,14 @@ def test_half_precision_goes_both_ways_and_leaves_tables(
     assert torch.equal(weights[key], trained[key].half())
 
 
-def test_moving_averages_are_taken_on_demand(trained: dict[str, Tensor], tmp_path: Path) -> None:
+def test_moving_averages_are_taken_on_demand(
+    trained: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     key = "out.2.weight"
     average = {"model_ema.diffusion_modelout2weight": torch.ones_like(trained[UNET + key])}
     torch.save({"state_dict": {**trained, **average}}, tmp_path / "ema.ckpt")
     assert run(tmp_path / "ema.ckpt", tmp_path / "live") == 0
+    assert "--ema" in capsys.readouterr().out
     assert run(tmp_path / "ema.ckpt", tmp_path / "averaged", "--ema") == 0
     params = small_config()["model"]["params"]
     assert torch.equal(read_folder(tmp_path / "live", params)[UNET + key], trained[UNET + key])
@@ -442,3 +445,14 @@ def test_a_folder_loads_into_the_model_strictly(folder: Path) -> None:
         parameter.data.zero_()
     load_weights(model, read_folder(folder, config["model"]["params"]), source=str(folder))
     assert float(model.model.diffusion_model.out[2].weight.detach().abs().max()) > 0
+
+
+def test_skipped_layers_are_mentioned_since_a_folder_cannot_say_so(
+    trained: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config()
+    config["model"]["params"]["cond_stage_config"]["params"]["clip_skip"] = 1
+    path = write_config(tmp_path / "skip.yaml", config)
+    torch.save(trained, tmp_path / "last.ckpt")
+    assert convert.main([str(tmp_path / "last.ckpt"), str(tmp_path / "out"), "--config", str(path)]) == 0
+    assert "clip_skip=1" in capsys.readouterr().out
