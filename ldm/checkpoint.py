@@ -315,7 +315,7 @@ def _likely_cause(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         return any(key.startswith(prefixes) for key in keys)
 
     if any_starts(unexpected, "down_blocks.", "unet.", "text_encoder.", "time_embedding."):
-        return "Likely cause: this is a diffusers file; convert it to a Stable Diffusion .ckpt first"
+        return "Likely cause: this is one part of a diffusers folder; name the folder, which holds model_index.json"
     if any_starts(unexpected, "lora_", "lycoris_"):
         return "Likely cause: this is a LoRA, not a whole model; name the base model's checkpoint"
     if any_starts(unexpected, "cond_stage_model.model."):
