@@ -372,10 +372,7 @@ def build_sampler(model: Any, options: argparse.Namespace) -> Any:
 def downsampling_factor(model: Any) -> int:
     """Give the pixels that a latent cell is wide; 1 for models on pixels."""
     first_stage = getattr(model, "first_stage_model", None)
-    if first_stage is None:
-        return 1
-    factor = getattr(first_stage, "downsampling_factor", None)
-    return int(2 ** (first_stage.encoder.num_resolutions - 1) if factor is None else factor)
+    return 1 if first_stage is None else int(first_stage.downsampling_factor)
 
 
 def check_text_model(model: Any, options: argparse.Namespace) -> None:
