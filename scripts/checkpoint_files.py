@@ -184,7 +184,9 @@ def unfinished(target: Path) -> Iterator[Path]:
         _remove_quietly(partial)
         # torch reports a full disk as a RuntimeError of its file writer, safetensors as an error of its own.
         if isinstance(error, (OSError, RuntimeError, safetensors.SafetensorError)):
-            raise OSError(f"could not write '{target}': {error}") from error
+            free = shutil.disk_usage(target.parent).free
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"could not write '{target}' ({free / 1e9:.1f} GB are free there): {reason}") from error
         raise
 
 
