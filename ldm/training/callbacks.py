@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
-from ldm.training.checkpoint_io import StreamingCheckpointIO
+from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO
 from ldm.training.stop_signals import Interrupted, StopSignals
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TOP_K: Final = 3
 DEFAULT_FILENAME: Final = "{epoch:02d}-{step:05d}"
+NEWEST: Final = {"monitor": "step", "mode": "max"}
+"""What makes Lightning's ``ModelCheckpoint`` keep the newest files."""
 
 
 def model_checkpoint_params(
@@ -51,8 +54,85 @@ def model_checkpoint_params(
             params["monitor"] = monitor
         else:
             # Between validations there is nothing to judge by: keep the newest.
-            params.update(monitor="step", mode="max")
+            params.update(NEWEST)
     return params
+
+
+class MeasuredCheckpoint(ModelCheckpoint):
+    """Keeps the best epochs among those whose metric has just been measured.
+
+    Lightning would judge an epoch without a validation by the figure of an earlier one, or drop it.
+    """
+
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        self._has_validated = False
+        self._has_warned = False
+
+    def is_measured(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the metric of the epoch that ends is there."""
+        if self.monitor not in self._monitor_candidates(trainer):
+            return False
+        return self._has_validated or not str(self.monitor).startswith("val")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for a validation."""
+        self._has_validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that there was one, and save if that is when to."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._has_validated = True
+        if self.is_measured(trainer):
+            super().on_validation_end(trainer, pl_module)
+        elif not self._has_warned and trainer.is_global_zero:
+            self._has_warned = True
+            found = ", ".join(name for name in trainer.callback_metrics if name.startswith("val"))
+            logger.warning(
+                "monitor %s is not among what the validation measures (%s): checkpoints are kept by their step",
+                self.monitor,
+                found or "nothing",
+            )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if the metric is there."""
+        if self.is_measured(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+class UnmeasuredCheckpoint(ModelCheckpoint):
+    """Keeps the newest of the epochs that :class:`MeasuredCheckpoint` cannot judge.
+
+    Args:
+        measured: the other one.
+        params: as for that one, but for the metric.
+    """
+
+    def __init__(self, measured: MeasuredCheckpoint, **params: Any) -> None:
+        super().__init__(**{**params, **NEWEST, "save_on_train_epoch_end": True})
+        self.measured = measured
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if the metric is not there."""
+        if not self.measured.is_measured(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+def epoch_checkpoints(params: dict[str, Any]) -> list[ModelCheckpoint]:
+    """Build what keeps the regular checkpoints.
+
+    Args:
+        params: from :func:`model_checkpoint_params`.
+
+    Returns:
+        One callback; two where a metric decides, which some epochs may lack.
+    """
+    by_steps = bool(params.get("every_n_train_steps") or params.get("train_time_interval"))
+    if by_steps or params["monitor"] in ("step", "epoch"):
+        return [ModelCheckpoint(**params)]
+    measured = MeasuredCheckpoint(**params)
+    return [measured, UnmeasuredCheckpoint(measured, **params)]
 
 
 class LastCheckpoint(Checkpoint):
@@ -138,8 +218,8 @@ class LastCheckpoint(Checkpoint):
         self.signals.deferred = False
         if isinstance(exception, Interrupted) or trainer.state.fn != TrainerFn.FITTING:
             return
-        if not self._has_progressed(trainer):
-            return
+        if not self._has_progressed(trainer) or isinstance(exception, CheckpointWriteError):
+            return  # there is nothing to save, or a second try would fail like the first
         if trainer.world_size > 1:
             logger.warning("%s stays as it was: the other devices may not answer any more", self.path)
             return
@@ -147,8 +227,7 @@ class LastCheckpoint(Checkpoint):
             if not _weights_are_finite(pl_module):
                 logger.error("%s stays as it was: the model's weights are no longer finite numbers", self.path)
                 return
-            self.save(trainer)
-            logger.info("saved step %d as %s", trainer.global_step, self.path)
+            self._save_and_tell(trainer)
         except Exception as error:  # noqa: BLE001 - whatever this is, it must not hide the failure in flight
             logger.error("%s could not be saved: %s", self.path, error)
 
@@ -174,6 +253,7 @@ class LastCheckpoint(Checkpoint):
             source is not None
             and source != self.path
             and source.exists()
+            and self.checkpoint_io.newest_can_be_continued
             and self.checkpoint_io.newest_loops == trainer.fit_loop.state_dict()
         )
         if trainer.strategy.broadcast(is_written):  # only the first process writes, and knows what it wrote
@@ -183,6 +263,12 @@ class LastCheckpoint(Checkpoint):
         else:
             trainer.save_checkpoint(self.path, weights_only=False)
         self._saved = now
+
+    def _save_and_tell(self, trainer: pl.Trainer) -> None:
+        """Save, and say so."""
+        self.save(trainer)
+        if not getattr(trainer, "fast_dev_run", False):
+            logger.info("saved step %d as %s", trainer.global_step, self.path)
 
     def _has_progressed(self, trainer: pl.Trainer) -> bool:
         """Tell whether training has begun, and made a step since."""
@@ -202,25 +288,28 @@ class LastCheckpoint(Checkpoint):
 
     def _save_and_stop(self, trainer: pl.Trainer) -> None:
         """Save, then leave the training loop."""
-        self.save(trainer)
-        logger.info("saved step %d as %s", trainer.global_step, self.path)
+        self._save_and_tell(trainer)
         self.signals.deferred = False
         raise Interrupted(self.signals.requested or signal.SIGINT)
 
 
 class Beginning(pl.Callback):
-    """Remembers whether the training loop was reached.
+    """Remembers whether the training loop was reached, and does what has to wait for that.
 
     Attributes:
         has_begun: False while Lightning still prepares: places the model, reads the checkpoint to continue.
+        first: what the run's first process does then, or None.
     """
 
     def __init__(self) -> None:
         self.has_begun = False
+        self.first: Callable[[], None] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note it."""
+        """Note it, and do that."""
         self.has_begun = True
+        if self.first is not None and trainer.is_global_zero:
+            self.first()
 
 
 class CUDACallback(pl.Callback):

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from ldm.checkpoint import read_checkpoint
+
+PARTIAL: Final = ".partial"
+"""Ending of a file that is being written."""
+
+FULL: Final = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""What a system says of a disk, or a user's share of it, without room; Windows knows no quotas."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint that did not reach the disk."""
 
 
 class StreamingCheckpointIO(CheckpointIO):
@@ -27,6 +38,8 @@ class StreamingCheckpointIO(CheckpointIO):
         """The file that was written last in this process."""
         self.newest_loops: Mapping[str, Any] | None = None
         """The fit loop's progress inside that file."""
+        self.newest_can_be_continued = False
+        """Whether that file holds the optimiser's state beside the weights."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -39,7 +52,8 @@ class StreamingCheckpointIO(CheckpointIO):
             storage_options: not supported, must be None.
 
         Raises:
-            OSError: if the file cannot be written, naming it.
+            CheckpointWriteError: if the file cannot be written, naming it and, where the disk is full, the
+                room that is needed.
         """
         if storage_options is not None:
             raise ValueError("storage_options are not supported: checkpoints are files on a local disk")
@@ -56,10 +70,11 @@ class StreamingCheckpointIO(CheckpointIO):
             _remove_quietly(partial)
             # torch reports a full disk as a RuntimeError of its file writer.
             if isinstance(error, (OSError, RuntimeError)):
-                raise OSError(f"could not write the checkpoint {target}: {error}") from error
+                raise CheckpointWriteError(_describe_failure(error, _tensor_bytes(checkpoint), target)) from error
             raise
         self.newest_path = target
         self.newest_loops = checkpoint.get("loops", {}).get("fit_loop")
+        self.newest_can_be_continued = "optimizer_states" in checkpoint
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
@@ -99,7 +114,7 @@ class StreamingCheckpointIO(CheckpointIO):
             target: the second name; an existing file of that name is replaced.
 
         Raises:
-            OSError: if neither a link nor a copy can be made.
+            CheckpointWriteError: if neither a link nor a copy can be made.
         """
         partial = _partial_name(target)
         partial.unlink(missing_ok=True)
@@ -109,14 +124,54 @@ class StreamingCheckpointIO(CheckpointIO):
             except OSError:
                 shutil.copyfile(source, partial)
             os.replace(partial, target)
-        except BaseException:
+        except BaseException as error:
             _remove_quietly(partial)
+            if isinstance(error, OSError):
+                needed = source.stat().st_size
+                raise CheckpointWriteError(_describe_failure(error, needed, target)) from error
             raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the half-written checkpoints of a process that was killed.
+
+    Args:
+        folder: the folder of checkpoints; one that nobody writes to.
+    """
+    for path in folder.glob(f"*.ckpt{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+def _describe_failure(error: BaseException, needed: int, target: Path) -> str:
+    """Tell a full disk, with the room that is needed and there, from other failures."""
+    free = shutil.disk_usage(target.parent).free
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in FULL:
+            break
+        chain = chain.__cause__ or chain.__context__
+    if chain is None and free >= needed:
+        return f"could not write the checkpoint {target}: {' '.join(str(error).split())}"
+    return (
+        f"the disk is full: the checkpoint {target} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make"
+        " room, or keep fewer checkpoints with lightning.modelcheckpoint.params.save_top_k=1"
+    )
+
+
+def _tensor_bytes(content: Any) -> int:
+    """Add up the tensors inside a nest of containers."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, Mapping):
+        return sum(map(_tensor_bytes, content.values()))
+    if isinstance(content, (list, tuple)):
+        return sum(map(_tensor_bytes, content))
+    return 0
 
 
 def _partial_name(target: Path) -> Path:
     """Name the file that is written before it takes the target's place."""
-    return target.with_name(target.name + ".partial")
+    return target.with_name(target.name + PARTIAL)
 
 
 def _remove_quietly(path: Path) -> None:

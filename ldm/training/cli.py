@@ -36,6 +36,13 @@ TRAINER_OBJECTS: Final[Mapping[str, str]] = {
 }
 """Trainer arguments that no word can give, and what to do instead."""
 
+NAMING_FLAGS: Final[Mapping[str, str]] = {
+    "logdir": "-l/--logdir",
+    "postfix": "-f/--postfix",
+    "datadir_in_name": "--datadir_in_name",
+}
+"""Flags that say where a new run's folder goes and what it is called, beside ``--name``."""
+
 LATER_FLAGS: Final[Mapping[str, str]] = {
     "--warm_optimizer": "starting a new run with a checkpoint's optimiser state",
     "--on_oom": "splitting a batch that does not fit",
@@ -146,6 +153,12 @@ def _check_together(fields: dict[str, Any], problems: list[str]) -> None:
             "-n/--name and -r/--resume exclude each other: a resumed run keeps its folder and name; "
             "leave out -n, or start a new run from the weights with --actual_resume"
         )
+    for flag in ("logdir", "postfix", "datadir_in_name"):
+        if flag in fields and fields.get("resume"):
+            problems.append(
+                f"{NAMING_FLAGS[flag]} and -r/--resume exclude each other: a resumed run stays in its folder; leave "
+                f"out {NAMING_FLAGS[flag].partition('/')[0]}"
+            )
     if fields.get("actual_resume") and fields.get("resume"):
         problems.append(
             "--actual_resume and -r/--resume exclude each other: -r continues a run from its own checkpoint, "
@@ -386,7 +399,14 @@ def _build_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
     add(where, "-f", "--postfix", help="added to the folder's name")
     add(where, "-l", "--logdir", type=path, metavar="FOLDER", help="where run folders are made (default: logs)")
     add_boolean(where, "--datadir_in_name", help="begin the folder's name with the data folder's (default: true)")
-    add(where, "-p", "--project", type=path, metavar="PROJECT", help="name of the project, or path of an existing one")
+    add(
+        where,
+        "-p",
+        "--project",
+        type=path,
+        metavar="PROJECT",
+        help="name of the project; only recorded in the saved config",
+    )
 
     how = parser.add_argument_group("how to train")
     add(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from tqdm import tqdm
@@ -31,6 +34,29 @@ SETTLED_WARNINGS: Final = (
 )
 
 
+def command_word(path: str | Path) -> str:
+    """Write a path so that it can be pasted into a command.
+
+    Args:
+        path: the path.
+
+    Returns:
+        It, in quotes where the shell needs them.
+    """
+    text = str(path)
+    if os.name == "nt":
+        return f'"{text}"' if set(text) & set(" &()^;,") else text
+    return shlex.quote(text)
+
+
+def is_terminal() -> bool:
+    """Tell whether standard output is a terminal; there may be none at all (None, or closed)."""
+    try:
+        return sys.stdout is not None and sys.stdout.isatty()
+    except ValueError:
+        return False
+
+
 class ConsoleHandler(logging.Handler):
     """Writes records to whatever standard output is at the time, without tearing a progress bar apart.
 
@@ -44,13 +70,15 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
+        if sys.stdout is None:
+            return  # as under pythonw
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = self.format(record).encode(encoding, "replace").decode(encoding)
         try:
             with tqdm.external_write_mode(file=sys.stdout):
                 sys.stdout.write(f"{text}\n")
                 sys.stdout.flush()
-        except OSError:
+        except (OSError, ValueError):  # a pipe without a reader, a closed file
             return  # nobody is there to be told
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.training.batches import batch_length
+from ldm.training.console import is_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class RunProgress(ProgressBar):
         now = time.monotonic()
         self._batches.append((now, batch_length(batch) * trainer.world_size))
         is_last = batch_idx + 1 >= trainer.num_training_batches
-        if sys.stdout.isatty():
+        if is_terminal():
             if self._bar is None or is_last or now - self._shown >= BAR_SECONDS:
                 self._show_bar(trainer, batch_idx + 1)
                 self._shown = now

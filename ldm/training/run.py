@@ -7,13 +7,12 @@ import pdb
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
@@ -22,14 +21,17 @@ from torch import Tensor
 from ldm.checkpoint import load_weights, read_weights
 from ldm.diffusers_format import is_diffusers_folder, read_folder
 from ldm.training.callbacks import Beginning
+from ldm.training.checkpoint_io import remove_leftovers
 from ldm.training.cli import Options, parse_options
-from ldm.training.config import format_config, load_run_config
-from ldm.training.console import console
+from ldm.training.config import RunConfig, format_config, load_run_config
+from ldm.training.console import command_word, console
+from ldm.training.failures import TrainingError, explain
 from ldm.training.learning_rate import scaled_learning_rate
 from ldm.training.own_optimisation import leave_to_model
+from ldm.training.resumption import warn_of_going_back
 from ldm.training.run_directory import RunDirectory, find_run, new_run_directory
 from ldm.training.stop_signals import Interrupted, StopSignals
-from ldm.training.summary import RunSummary, describe_training_set, model_parts, plan_steps
+from ldm.training.summary import RunSummary, describe_training_set, model_parts, plan_steps, plural
 from ldm.training.trainer import build_trainer
 from ldm.util import instantiate_from_config
 
@@ -38,16 +40,6 @@ logger = logging.getLogger(__name__)
 DONE: Final = 0
 FAILED: Final = 1
 USER_ERROR: Final = 2
-
-OUT_OF_MEMORY_WORDS: Final = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
-
-
-class TrainingError(Exception):
-    """Carries up, as its cause, what went wrong inside the training loop.
-
-    Before training begins a ValueError is the user's to put right, and its message is enough; inside the
-    loop it need not be, and the traceback is wanted.
-    """
 
 
 @dataclass
@@ -113,15 +105,11 @@ def _run(options: Options, signals: StopSignals) -> None:
 
     trainer = _build_trainer(run)
     data = _build_data(run)
-    weights, source = _read_weights(run)
-    model = _build_model(run, weights, source)
+    model, origin = _build_model(run)
     rates = _set_learning_rates(run, trainer, model)
-    summary = _summarise(run, trainer, data, model, source, rates)
-
-    if trainer.is_global_zero:
-        run.directory.create()
-        OmegaConf.save(run_config.config, run.directory.config_file)
-    for line in summary.lines():
+    summary = _summarise(run, trainer, data, model, origin, rates)
+    trainer = _prepare_folder(run, trainer, run_config)
+    for line in replace(summary, run_folder=str(run.directory.path)).lines():
         logger.info("%s", line)
 
     _fit(run, trainer, model, data)
@@ -146,6 +134,38 @@ def _choose_directory(options: Options, said: Mapping[str, Any]) -> tuple[RunDir
     return directory, None
 
 
+def _prepare_folder(run: Run, trainer: pl.Trainer, run_config: RunConfig) -> pl.Trainer:
+    """Make a new run's folder with its configuration, now that nothing more is going to be refused.
+
+    A continued run's configuration is written when its checkpoint has been restored: one that does not fit
+    it must not become what the next attempt starts from.
+
+    Returns:
+        The trainer, built again if another run that began in the same second has taken the folder's name.
+    """
+
+    def write_config() -> None:
+        run.directory.create()
+        remove_leftovers(run.directory.checkpoints)
+        OmegaConf.save(run_config.config, run.directory.config_file)
+
+    if run.checkpoint is not None:
+        warn_of_going_back(run.checkpoint, run.directory.last_checkpoint)
+        _beginning(trainer).first = write_config
+    elif trainer.is_global_zero:
+        claimed = run.directory.claim()
+        if claimed != run.directory:
+            run.directory = claimed
+            trainer = _build_trainer(run)
+        write_config()
+    return trainer
+
+
+def _beginning(trainer: pl.Trainer) -> Beginning:
+    """Find the callback that knows whether training has begun."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Beginning))  # type: ignore[attr-defined]
+
+
 def _build_trainer(run: Run) -> pl.Trainer:
     """Build the trainer, which also finds out whether the devices are there."""
     data_params = run.config["data"].get("params") or {}
@@ -155,7 +175,7 @@ def _build_trainer(run: Run) -> pl.Trainer:
         run.signals,
         batch_size=data_params["batch_size"],
         monitor=(run.config["model"].get("params") or {}).get("monitor"),
-        validates="validation" in data_params,
+        validates=data_params.get("validation") is not None,
     )
 
 
@@ -180,12 +200,15 @@ def _read_weights(run: Run) -> tuple[dict[str, Tensor] | None, str]:
     return read_weights(path), path
 
 
-def _build_model(run: Run, weights: dict[str, Tensor] | None, source: str) -> pl.LightningModule:
-    """Build the model, and load its weights."""
+def _build_model(run: Run) -> tuple[pl.LightningModule, list[str]]:
+    """Build the model with its weights, and say where they come from and what was passed over.
+
+    The weights as read are gone when this returns; training needs their room.
+    """
+    weights, source = _read_weights(run)
     model: pl.LightningModule = instantiate_from_config(run.config["model"])
-    if weights is not None:
-        load_weights(model, weights, source=source)
-    return model
+    notes = [] if weights is None else load_weights(model, weights, source=source).notes
+    return model, [source, *notes]
 
 
 def _set_learning_rates(run: Run, trainer: pl.Trainer, model: Any) -> list[str]:
@@ -208,9 +231,10 @@ def _set_learning_rates(run: Run, trainer: pl.Trainer, model: Any) -> list[str]:
 
 
 def _summarise(
-    run: Run, trainer: pl.Trainer, data: Any, model: pl.LightningModule, source: str, rates: Sequence[str]
+    run: Run, trainer: pl.Trainer, data: Any, model: pl.LightningModule, origin: Sequence[str], rates: Sequence[str]
 ) -> RunSummary:
-    """Gather what the start summary states."""
+    """Gather what the start summary states; ``origin``: where the weights come from, then notes."""
+    source, *notes = origin
     training_set = data.datasets["train"]
     images, repeats, left_out = describe_training_set(training_set)
     devices = trainer.world_size
@@ -232,39 +256,31 @@ def _summarise(
         plan=plan_steps(trainer, batches("train"), batches("validation")),
         parts=model_parts(model),
         seed=run.said["seed"],
+        notes=notes,
+        is_continued=run.checkpoint is not None,
     )
 
 
 def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -> None:
     """Train."""
-    begin = next(callback for callback in trainer.callbacks if isinstance(callback, Beginning))  # type: ignore[attr-defined]
+    begin = _beginning(trainer)
     leave_to_model(trainer, model)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=run.checkpoint)
     except Interrupted:
-        if run.directory.last_checkpoint.exists():
-            logger.info("to continue: python main.py -t -r %s", run.directory.path)
+        _say_how_to_continue(run)
         raise
     except Exception as error:
         if run.signals.requested is not None:
             # Ctrl-C ends the loader processes too, and their absence is an error to whoever awaits a batch.
             logger.warning("while stopping: %s: %s", type(error).__name__, str(error).partition("\n")[0])
             raise Interrupted(run.signals.requested) from error
-        if _is_out_of_memory(error):
-            raise MemoryError(_out_of_memory_advice(run, error)) from error
-        if not begin.has_begun and run.checkpoint is not None and "loading state_dict" in str(error):
-            reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ValueError(f"checkpoint {run.checkpoint} does not fit the model: {reason[:300]}") from error
-        if not begin.has_begun and isinstance(error, MisconfigurationException) and "max_epochs" in str(error):
-            raise ValueError(
-                f"checkpoint {run.checkpoint} lies beyond lightning.trainer.max_epochs={trainer.max_epochs};"
-                " raise that to go on"
-            ) from error
-        if isinstance(error, (OSError, MisconfigurationException)) or not begin.has_begun:
+        if begin.has_begun:
+            _say_how_to_continue(run)
+        explained = explain(error, trainer, run.config, run.checkpoint, begin.has_begun)
+        if explained is error:
             raise
-        raise TrainingError(
-            f"training failed at step {trainer.global_step}: {type(error).__name__}: {error}"
-        ) from error
+        raise explained from error
     if run.checkpoint is not None and not begin.has_begun:
         logger.warning(
             "nothing is left to train: %s is at the end of its run (step %d);"
@@ -272,6 +288,12 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
             run.checkpoint,
             trainer.global_step,
         )
+
+
+def _say_how_to_continue(run: Run) -> None:
+    """Give the command, if there is something to continue from."""
+    if run.directory.last_checkpoint.exists():
+        logger.info("to continue: python main.py -t -r %s", command_word(run.directory.path))
 
 
 def _test(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -> None:
@@ -283,12 +305,14 @@ def _test(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -
 
 
 def _report_end(run: Run, trainer: pl.Trainer) -> None:
-    """Say where everything is."""
-    logger.info("finished after %d optimiser steps", trainer.global_step)
+    """Say where everything is that the run has made."""
+    logger.info("finished after %s", plural(trainer.global_step, "optimiser step"))
     if run.directory.last_checkpoint.exists():
         logger.info("checkpoint: %s", run.directory.last_checkpoint)
-    logger.info("sample pictures: %s", run.directory.images)
-    logger.info("curves: tensorboard --logdir %s", run.directory.path.parent)
+    if any(run.directory.images.glob("*/*")):
+        logger.info("sample pictures: %s", run.directory.images)
+    if trainer.loggers and run.directory.curves.exists():
+        logger.info("curves: tensorboard --logdir %s", command_word(run.directory.path.parent))
 
 
 def _report(error: Exception, debug: bool = False) -> int:
@@ -296,33 +320,22 @@ def _report(error: Exception, debug: bool = False) -> int:
     is_user_error = isinstance(error, (ValueError, OSError, MisconfigurationException, MemoryError))
     real = error.__cause__ if isinstance(error, TrainingError) and error.__cause__ is not None else error
     if debug or not is_user_error:
-        traceback.print_exception(real)
+        _write_error("".join(traceback.format_exception(real)))
     if is_user_error:
-        sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines() if line.strip()))
+        _write_error("".join(f"error: {line}\n" for line in str(error).splitlines() if line.strip()))
     else:
-        sys.stderr.write(f"error: {error if error is not real else f'{type(real).__name__}: {real}'}\n")
-    sys.stderr.flush()
+        _write_error(f"error: {error if error is not real else f'{type(real).__name__}: {real}'}\n")
     if debug and sys.stdin is not None and sys.stdin.isatty():
         pdb.post_mortem(real.__traceback__)
     return USER_ERROR if is_user_error else FAILED
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether a failure is a lack of memory, on whichever device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
-
-
-def _out_of_memory_advice(run: Run, error: BaseException) -> str:
-    """Say what to lower, in one line."""
-    batch_size = run.config["data"]["params"]["batch_size"]
-    unet = ((run.config["model"].get("params") or {}).get("unet_config") or {}).get("params") or {}
-    advice = [f"lower data.params.batch_size ({batch_size} now)"] if batch_size > 1 else []
-    if unet.get("use_checkpoint") is False:
-        advice.append("set model.params.unet_config.params.use_checkpoint=true")
-    precision = ((run.config.get("lightning") or {}).get("trainer") or {}).get("precision")
-    if precision in (None, 32, "32", "32-true"):
-        advice.append("use --precision bf16-mixed (or 16-mixed on cards before 2020)")
-    advice.append("train at a smaller data.params.train.params.size")
-    return f"out of memory: {', or '.join(advice)} ({str(error).strip().splitlines()[0][:120]})"
+def _write_error(text: str) -> None:
+    """Write to standard error, which may be missing (as under pythonw) or closed."""
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return  # the exit status still tells

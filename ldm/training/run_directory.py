@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from typing import Final
 
 STAMP_FORMAT: Final = "%Y-%m-%dT%H-%M-%S"
 LAST_CHECKPOINT: Final = "last.ckpt"
+CURVES: Final = "tensorboard"
+LONGEST_NAME: Final = 240
+"""Bytes that a folder's name may have; the file systems' 255, less room for ``-2``."""
 NOT_IN_FILE_NAMES: Final = '<>:"/\\|?*'
 
 
@@ -41,6 +45,11 @@ class RunDirectory:
     def images(self) -> Path:
         """Folder of the sample pictures, by split."""
         return self.path / "images"
+
+    @property
+    def curves(self) -> Path:
+        """Folder of TensorBoard's curves."""
+        return self.path / CURVES
 
     @property
     def last_checkpoint(self) -> Path:
@@ -73,6 +82,27 @@ class RunDirectory:
                 " (choose another place with --logdir, or free this one)"
             ) from error
 
+    def claim(self) -> RunDirectory:
+        """Make the folder, which nobody else may have made.
+
+        Returns:
+            This, or one with ``-2`` (``-3``, ...) after its name if another run was quicker.
+
+        Raises:
+            OSError: if that fails, with the reason.
+        """
+        directory = self
+        number = 2
+        while True:
+            try:
+                directory.path.mkdir(parents=True)
+                return directory
+            except FileExistsError:
+                directory = RunDirectory(self.path.with_name(f"{self.path.name}-{number}"), self.stamp)
+                number += 1
+            except OSError as error:
+                raise self._cannot_make(error) from error
+
     def create(self) -> None:
         """Make the folder and its parts; what exists stays.
 
@@ -83,10 +113,12 @@ class RunDirectory:
             for folder in (self.checkpoints, self.configs, self.images):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(
-                f"cannot make the run folder {self.path}: {error.strerror or error}"
-                " (choose another place with --logdir)"
-            ) from error
+            raise self._cannot_make(error) from error
+
+    def _cannot_make(self, error: OSError) -> OSError:
+        return OSError(
+            f"cannot make the run folder {self.path}: {error.strerror or error} (choose another place with --logdir)"
+        )
 
 
 def new_run_directory(
@@ -124,6 +156,12 @@ def new_run_directory(
     folder = (
         (last_part(data_root) if datadir_in_name and data_root else "") + stamp + (f"_{called}" if called else "")
     ) + postfix
+    length = len(os.fsencode(folder))
+    if length > LONGEST_NAME:
+        raise ValueError(
+            f"the run folder's name {folder[:40]}... has {length} letters, more than the {LONGEST_NAME} that file"
+            " systems take; give a shorter one with -n/--name"
+        )
     path = Path(logdir) / folder
     number = 2
     while path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -76,7 +77,8 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         if repeated or not self.deferred:
             raise Interrupted(number)
         # Not through logging: the signal may have arrived while a log line was being written.
-        os.write(2, b"\nstopping: saving after this step (once more: stop at once, without saving)\n")
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            os.write(2, b"\nstopping: saving after this step (once more: stop at once, without saving)\n")
 
     @staticmethod
     def _handle_in_worker(number: int) -> None:

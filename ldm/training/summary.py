@@ -157,6 +157,7 @@ class RunSummary:
         parts: the model's parts.
         seed: the run's seed.
         notes: further lines.
+        is_continued: whether the run goes on from a checkpoint; what is left then shows when that is read.
     """
 
     run_folder: str
@@ -173,6 +174,7 @@ class RunSummary:
     parts: Sequence[Part]
     seed: int
     notes: Sequence[str] = field(default_factory=tuple)
+    is_continued: bool = False
 
     def lines(self) -> list[str]:
         """Write the summary.
@@ -187,13 +189,13 @@ class RunSummary:
         lines = []
         if self.images:
             total = sum(self.images.values())
-            lines.append(f"images: {total} in {_plural(len(self.images), 'folder')}")
+            lines.append(f"images: {total} in {plural(len(self.images), 'folder')}")
             width = max(map(len, self.images))
             lines += [f"    {folder:<{width}}  {count}" for folder, count in self.images.items()]
         else:
             lines.append(f"training set: {self.training_set}")
         if self.left_out:
-            lines.append(f"left out: {_plural(len(self.left_out), 'file')}: {', '.join(self.left_out)}")
+            lines.append(f"left out: {plural(len(self.left_out), 'file')}: {', '.join(self.left_out)}")
         if self.repeats is not None:
             lines.append(f"repeats: {self.repeats}")
         return lines
@@ -214,10 +216,11 @@ class RunSummary:
             lines.append(f"optimiser steps per epoch: {plan.optimiser}")
         limits = []
         if plan.epochs is not None:
-            limits.append(_plural(plan.epochs, "epoch"))
+            limits.append(plural(plan.epochs, "epoch"))
         if plan.max_steps is not None:
-            limits.append(f"at most {_plural(plan.max_steps, 'optimiser step')}")
-        total = f" = {_plural(plan.total, 'optimiser step')}" if plan.total is not None else ""
+            limits.append(f"at most {plural(plan.max_steps, 'optimiser step')}")
+        # The steps behind a continued run may have been of another size.
+        total = f" = {plural(plan.total, 'optimiser step')}" if plan.total is not None and not self.is_continued else ""
         lines.append(f"length of the run: {', '.join(limits) or 'until it is stopped'}{total}")
         lines.append(f"seed: {self.seed}")
         return lines
@@ -249,6 +252,14 @@ def describe_training_set(dataset: Any) -> tuple[Mapping[str, int], int | None, 
     return folders, repeats, left_out
 
 
-def _plural(count: int, noun: str) -> str:
-    """Write a number with its noun."""
+def plural(count: int, noun: str) -> str:
+    """Write a number with its noun.
+
+    Args:
+        count: the number.
+        noun: the noun in the singular, one that takes an s.
+
+    Returns:
+        Both, such as ``1 epoch`` or ``2,000 epochs``.
+    """
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -11,10 +11,11 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from ldm.training.accumulation import ExactAccumulation
-from ldm.training.callbacks import Beginning, LastCheckpoint, model_checkpoint_params
+from ldm.training.callbacks import Beginning, LastCheckpoint, epoch_checkpoints, model_checkpoint_params
 from ldm.training.checkpoint_io import StreamingCheckpointIO
 from ldm.training.progress import RunProgress
-from ldm.training.run_directory import RunDirectory
+from ldm.training.resumption import Resumption
+from ldm.training.run_directory import CURVES, RunDirectory
 from ldm.training.stop_signals import StopSignals
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -110,7 +111,7 @@ def _asks_for_several(arguments: Mapping[str, Any]) -> bool:
 def _build_logger(config: Mapping[str, Any] | None, run_directory: RunDirectory) -> Logger:
     """Build the logger that ``lightning.logger`` names, or TensorBoard."""
     if config is None:
-        return TensorBoardLogger(str(run_directory.path), name="", version="tensorboard", default_hp_metric=False)
+        return TensorBoardLogger(str(run_directory.path), name="", version=CURVES, default_hp_metric=False)
     params = {"save_dir": str(run_directory.path), **(config.get("params") or {})}
     built: Logger = get_obj_from_str(config["target"])(**params)
     return built
@@ -127,7 +128,7 @@ def _build_callbacks(
     validates: bool,
 ) -> list[Callback]:
     """Build all callbacks, the user's included."""
-    callbacks: list[Callback] = [Beginning(), ExactAccumulation(batch_size)]
+    callbacks: list[Callback] = [Resumption(), Beginning(), ExactAccumulation(batch_size)]
     if arguments.get("enable_progress_bar", True) and not arguments.get("barebones"):
         callbacks.append(RunProgress())
     configs = merged_callbacks(lightning.get("callbacks") or {})
@@ -138,8 +139,11 @@ def _build_callbacks(
     if arguments.get("enable_checkpointing", True) and not arguments.get("barebones"):
         section = lightning.get("modelcheckpoint") or {}
         given = dict(section.get("params") or {})
+        # 0 and 0.0 alike: no batch is validated on.
+        measures = validates and arguments.get("limit_val_batches") != 0
+        params = model_checkpoint_params(given, monitor, measures, run_directory.checkpoints)
         kind = get_obj_from_str(section["target"]) if "target" in section else ModelCheckpoint
-        callbacks.append(kind(**model_checkpoint_params(given, monitor, validates, run_directory.checkpoints)))
+        callbacks += epoch_checkpoints(params) if kind is ModelCheckpoint else [kind(**params)]
         by_steps = given.get("every_n_train_steps") or 0
         by_epochs = given.get("every_n_epochs")
         callbacks.append(

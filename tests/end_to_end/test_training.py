@@ -130,6 +130,21 @@ def test_a_new_run_starts_from_the_weights_of_last_ckpt(everyday: FinishedRun, t
     assert all(torch.allclose(left, right, atol=1e-9) for left, right in pairs)
 
 
+def test_what_of_the_checkpoint_was_passed_over_or_changed_is_told(
+    train: Train, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = torch.load(workplace / "tiny.ckpt", weights_only=True)["state_dict"]
+    weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+    weights["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    weights["model_ema.decay"] = torch.tensor(0.9999)
+    torch.save({"state_dict": weights}, workplace / "half.ckpt")
+    train("--actual_resume", str(workplace / "half.ckpt"), "--max_steps", "1")
+    text = capsys.readouterr().out
+    assert "\nthe file holds float16: converted to the model's precision\n" in text
+    assert "(cond_stage_model.transformer.text_model.embeddings.position_ids…): position numbers" in text
+    assert "(model_ema.decay…): moving averages" in text
+
+
 # --- resume ------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ from ldm.training.checkpoint_io import StreamingCheckpointIO
 from tests.unit.training.toy import ToyDiffusion
 from tests.unit.training.toy_run import ToyRun, prepare_toy_run, toy_run
 
+EPOCHS = ["epoch=00-step=00006.ckpt", "epoch=01-step=00012.ckpt"]
+
 
 def names(run: ToyRun) -> list[str]:
     return sorted(path.name for path in run.directory.checkpoints.iterdir())
@@ -71,9 +73,54 @@ def test_checkpoints_can_be_made_every_few_steps(pictures: Path, tmp_path: Path)
 
 
 def test_checkpoints_are_made_in_epochs_without_validation(pictures: Path, tmp_path: Path) -> None:
-    run = toy_run(tmp_path, pictures, check_val_every_n_epoch=2, model=ToyDiffusion(monitor="val/loss"))
-    assert "epoch=01-step=00012.ckpt" in names(run)
-    assert step_of(run.last) == 12
+    run = toy_run(tmp_path, pictures, check_val_every_n_epoch=2, max_epochs=3, model=ToyDiffusion(monitor="val/loss"))
+    assert names(run) == [*EPOCHS, "epoch=02-step=00018.ckpt", "last.ckpt"]
+    assert step_of(run.last) == 18
+
+
+def test_epochs_without_validation_are_not_judged_by_an_earlier_one(pictures: Path, tmp_path: Path) -> None:
+    model = ToyDiffusion(monitor="val/loss")
+    run = toy_run(tmp_path, pictures, check_val_every_n_epoch=2, max_epochs=4, model=model, **saving(save_top_k=1))
+    kept = {path.name for path in run.directory.checkpoints.iterdir()}
+    assert len(kept & {"epoch=01-step=00012.ckpt", "epoch=03-step=00024.ckpt"}) == 1
+    assert kept & {"epoch=00-step=00006.ckpt", "epoch=02-step=00018.ckpt"} == {"epoch=02-step=00018.ckpt"}
+
+
+@pytest.mark.parametrize("limit", [0, 0.0])
+def test_checkpoints_are_made_where_validation_is_switched_off(limit: float, pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures, limit_val_batches=limit, model=ToyDiffusion(monitor="val/loss"))
+    assert names(run) == [*EPOCHS, "last.ckpt"]
+
+
+def test_checkpoints_are_made_without_a_validation_set(pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures, validation=False, model=ToyDiffusion(monitor="val/loss"))
+    assert names(run) == [*EPOCHS, "last.ckpt"]
+
+
+def test_checkpoints_are_made_where_the_monitored_metric_does_not_exist(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = toy_run(tmp_path, pictures, model=ToyDiffusion(monitor="val/los"))
+    assert names(run) == [*EPOCHS, "last.ckpt"]
+    told = [record.getMessage() for record in caplog.records if "val/los " in record.getMessage()]
+    assert told == [
+        "monitor val/los is not among what the validation measures (val/loss): checkpoints are kept by their step"
+    ]
+
+
+def test_a_run_that_ends_within_its_first_epoch_has_last_ckpt(pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures, max_steps=4, model=ToyDiffusion(monitor="val/loss"))
+    assert step_of(run.last) == 4
+
+
+def test_a_short_rehearsal_does_not_claim_to_have_saved(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, data = prepare_toy_run(tmp_path, pictures, fast_dev_run=3, model=ToyDiffusion(fail_at_step=2))
+    caplog.set_level("INFO")
+    with pytest.raises(RuntimeError, match="the toy broke"):
+        run.trainer.fit(run.model, datamodule=data)
+    assert "saved" not in caplog.text
 
 
 def test_a_name_in_the_yaml_is_followed(pictures: Path, tmp_path: Path) -> None:

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ldm.data.every_dream import EveryDreamBatch
 from ldm.training.run import main
+from ldm.training.run_directory import RunDirectory
 from tests.unit.training.toy import ToyDiffusion
 
 YAML = """
@@ -41,6 +49,16 @@ class NeedsMemory(ToyDiffusion):
 class NeedsHostMemory(ToyDiffusion):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+class LosesAPicture(ToyDiffusion):
+    def on_train_start(self) -> None:
+        Path("mine/folder0/a plain square 0_.png").unlink()
+
+
+class Faulty(EveryDreamBatch):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise ValueError("a fault inside the data set")
 
 
 @pytest.fixture
@@ -145,6 +163,110 @@ def test_a_failed_continuation_leaves_the_checkpoint_alone(command: list[str]) -
     before = last.read_bytes()
     assert main(["-t", "-r", str(run_folder()), "--max_epochs", "1"]) == 2
     assert last.read_bytes() == before
+
+
+def test_a_validation_set_that_is_null_leaves_epoch_checkpoints(command: list[str]) -> None:
+    assert main([*command, "data.params.validation=null", "model.params.monitor=val/loss"]) == 0
+    assert sorted(path.name for path in (run_folder() / "checkpoints").iterdir()) == [
+        "epoch=00-step=00006.ckpt",
+        "last.ckpt",
+    ]
+
+
+def test_a_folder_that_another_run_takes_meanwhile_is_left_to_it(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = RunDirectory.claim
+
+    def be_late(directory: RunDirectory) -> RunDirectory:
+        directory.create()
+        return claim(directory)
+
+    monkeypatch.setattr(RunDirectory, "claim", be_late)
+    assert main(command) == 0
+    first, second = sorted(Path("logs").iterdir())
+    assert second.name == f"{first.name}-2"
+    assert not list((first / "checkpoints").iterdir())
+    assert {path.name for path in second.iterdir()} == {"checkpoints", "configs", "images", "tensorboard"}
+    assert (second / "checkpoints" / "last.ckpt").is_file()
+    text = capsys.readouterr().out
+    assert f"run folder: {second}\n" in text
+    assert f"checkpoint: {second / 'checkpoints' / 'last.ckpt'}\n" in text
+
+
+def test_a_name_that_is_too_long_is_told(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "-n", "n" * 250]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "-n/--name" in line
+
+
+def test_a_run_without_a_console_works(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(command) == 0
+    assert main(["--nonsense"]) == 2
+
+
+def test_a_run_with_closed_streams_works(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    monkeypatch.setattr(sys, "stderr", closed)
+    assert main(command) == 0
+    assert main([*command, target("BreaksLate")]) == 1
+
+
+def test_the_end_names_only_what_is_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--logger", "false", "--max_steps", "1", "-l", "my logs"]) == 0
+    text = capsys.readouterr().out
+    assert "finished after 1 optimiser step\n" in text
+    assert "sample pictures" not in text
+    assert "curves" not in text
+
+
+def test_paths_in_commands_are_quoted(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "-l", "my logs"]) == 0
+    assert "curves: tensorboard --logdir 'my logs'\n" in capsys.readouterr().out
+
+
+def test_a_fault_in_training_says_how_to_continue(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, target("BreaksLate")]) == 1
+    assert f"\nto continue: python main.py -t -r {run_folder()}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_vanishes_while_training_is_named_in_one_line(
+    workers: int, command: list[str], pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = Path("mine")
+    shutil.copytree(pictures, mine)
+    words = [f"data.params.num_workers={workers}", "--data_root", "mine", "--max_epochs", "2"]
+    assert main([*command, *words, target("LosesAPicture")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: mine/folder0/a plain square 0_\.png: No such file or directory", line)
+
+
+def test_a_fault_in_a_loader_process_is_told_with_its_own_words(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = "data.params.train.target=tests.unit.training.test_run.Faulty"
+    assert main([*command, "data.params.num_workers=1", train]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1] == "error: training failed at step 0: ValueError: a fault inside the data set"
+
+
+def test_a_full_disk_is_told_in_one_line_with_the_room_that_is_needed(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(checkpoint: object, stream: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert re.match(r"error: the disk is full: the checkpoint .*\.ckpt needs [\d.]+ GB, [\d.]+ GB are free; ", line)
+    assert "error:" not in captured.out
 
 
 def test_a_refused_run_leaves_no_folder(command: list[str]) -> None:

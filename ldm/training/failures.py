@@ -1,0 +1,113 @@
+"""What a failure of the training loop means to the user."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from ldm.training.console import command_word
+
+OUT_OF_MEMORY_WORDS: Final = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+
+
+class TrainingError(Exception):
+    """Carries up, as its cause, what went wrong inside the training loop.
+
+    Before training begins a ValueError is the user's to put right, and its message is enough; inside the
+    loop it need not be, and the traceback is wanted.
+    """
+
+
+def explain(
+    error: Exception, trainer: pl.Trainer, config: Mapping[str, Any], checkpoint: Path | None, has_begun: bool
+) -> Exception:
+    """Turn an exception of the training loop into one whose message says what to do.
+
+    Args:
+        error: what ``trainer.fit`` raised.
+        trainer: the trainer.
+        config: the merged configuration.
+        checkpoint: the checkpoint that the run was to continue from, or None.
+        has_begun: whether the first step was reached.
+
+    Returns:
+        The exception to raise in its place: a ValueError, OSError or MemoryError of one line where the user
+        can put it right, else a :class:`TrainingError`; ``error`` itself where it says all there is to say.
+    """
+    if _is_out_of_memory(error):
+        return MemoryError(_out_of_memory_advice(config, error))
+    if not has_begun:
+        problem = _restore_problem(error, trainer, checkpoint) if checkpoint is not None else None
+        return error if problem is None else ValueError(problem)
+    if isinstance(error, OSError):
+        return error if "\n" not in str(error) else OSError(first_cause(error).partition(": ")[2])
+    if isinstance(error, MisconfigurationException):
+        return error
+    return TrainingError(f"training failed at step {trainer.global_step}: {first_cause(error)}")
+
+
+def first_cause(error: BaseException) -> str:
+    """Say in one line what an exception says, also one that a loader process has sent with its traceback.
+
+    Args:
+        error: the exception.
+
+    Returns:
+        Its type and message.
+    """
+    text = str(error).strip()
+    if re.match(r"Caught \w+ in DataLoader worker process", text):
+        return text.splitlines()[-1].strip()
+    return f"{type(error).__name__}: {text}"
+
+
+def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) -> str | None:
+    """Word what keeps a checkpoint from being continued; None for what is no matter of the checkpoint."""
+    text = str(error)
+    instead = f"or start a new run from its weights with --actual_resume {command_word(checkpoint)}"
+    if "checkpoint contains only the model" in text:
+        return (
+            f"checkpoint {checkpoint} holds the weights alone, without the optimiser (save_weights_only: true), and"
+            f" cannot be continued: name another one of the run, {instead}"
+        )
+    if "parameter group" in text:
+        return (
+            f"checkpoint {checkpoint} does not fit the optimiser ({text.strip()}): which parts are trained has changed;"
+            " put model.params.model_lr, cond_stage_trainable and unfreeze_model back to what they were,"
+            f" {instead}"
+        )
+    if "loading state_dict" in text:
+        reason = " ".join(line.strip() for line in text.splitlines()[1:3])[:300]
+        remedy = "put model.params.use_ema back to what it was" if "model_ema" in reason else "use the run's own config"
+        return f"checkpoint {checkpoint} does not fit the model: {reason}: {remedy}, {instead}"
+    if isinstance(error, MisconfigurationException) and "max_epochs" in text:
+        limit = f"lightning.trainer.max_epochs={trainer.max_epochs}"
+        return f"checkpoint {checkpoint} lies beyond {limit}; raise that to go on"
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a failure is a lack of memory, on whichever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
+def _out_of_memory_advice(config: Mapping[str, Any], error: BaseException) -> str:
+    """Say what to lower, in one line."""
+    batch_size = config["data"]["params"]["batch_size"]
+    unet = ((config["model"].get("params") or {}).get("unet_config") or {}).get("params") or {}
+    advice = [f"lower data.params.batch_size ({batch_size} now)"] if batch_size > 1 else []
+    if unet.get("use_checkpoint") is False:
+        advice.append("set model.params.unet_config.params.use_checkpoint=true")
+    precision = ((config.get("lightning") or {}).get("trainer") or {}).get("precision")
+    if precision in (None, 32, "32", "32-true"):
+        advice.append("use --precision bf16-mixed (or 16-mixed on cards before 2020)")
+    advice.append("train at a smaller data.params.train.params.size")
+    return f"out of memory: {', or '.join(advice)} ({(str(error).strip().splitlines() or [''])[0][:120]})"
