@@ -22,7 +22,10 @@ from torch import Tensor
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for a checkout that is not installed
 
-from ldm.checkpoint import load_weights, read_weights  # noqa: E402
+from checkpoint_files import AVERAGES, apply_averages, averaged_keys  # noqa: E402
+
+from ldm.checkpoint import load_weights, read_weights, without_wrapper_prefixes  # noqa: E402
+from ldm.diffusers_format import is_diffusers_folder, read_folder  # noqa: E402
 from ldm.training.cli import Options  # noqa: E402
 from ldm.training.config import load_run_config  # noqa: E402
 from ldm.training.console import console  # noqa: E402
@@ -66,7 +69,7 @@ def build_parser(description: str | None, outdir: str) -> argparse.ArgumentParse
     """
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--ckpt", type=Path, required=True, help="checkpoint (.ckpt, .safetensors), or a run folder: then its last.ckpt"
+        "--ckpt", type=Path, required=True, help="checkpoint (.ckpt, .safetensors), run folder, or diffusers folder"
     )
     parser.add_argument(
         "--config", type=Path, help=f"YAML of the model (default: the run's own; else {DEFAULT_CONFIG.name})"
@@ -260,21 +263,21 @@ def find_checkpoint(path: Path, config: Path | None) -> tuple[Path, Path]:
     """Find the checkpoint and the config that ``--ckpt`` and ``--config`` mean.
 
     Args:
-        path: a checkpoint, or a run folder.
+        path: a checkpoint, a run folder, or a diffusers folder.
         config: the YAML, or None for the run's own, else the default.
 
     Returns:
-        The checkpoint's file and the YAML's.
+        The checkpoint's file (or diffusers folder) and the YAML's.
 
     Raises:
         OSError: a file is missing.
     """
     checkpoint = path
-    if path.is_dir():
+    if path.is_dir() and not is_diffusers_folder(path):
         checkpoint = (path if path.name == "checkpoints" else path / "checkpoints") / LAST_CHECKPOINT
         if not checkpoint.is_file():
             raise FileNotFoundError(f"--ckpt {path}: this folder has no checkpoints/{LAST_CHECKPOINT}; name a file")
-    elif not path.is_file():
+    elif not path.exists():
         raise FileNotFoundError(f"--ckpt {path}: no such file or folder")
     if config is None:
         in_run = checkpoint.resolve().parent.name == "checkpoints"
@@ -312,27 +315,22 @@ def with_averages(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tens
     """Put the moving averages of the network's weights in the weights' place.
 
     Args:
-        weights: a checkpoint's.
+        weights: a checkpoint's, with averages.
         source: its name, for messages.
 
     Returns:
-        The weights, without averages beside them; as they are where there are none.
+        The weights, without averages beside them.
 
     Raises:
-        ValueError: some averages are missing.
+        ValueError: averages and weights do not pair off.
     """
-    averages = {key: value for key, value in weights.items() if key.startswith("model_ema.")}
-    if not averages:
-        return dict(weights)
-    merged = {key: value for key, value in weights.items() if key not in averages}
-    network = [key for key in merged if key.startswith("model.")]
-    names = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in network}
-    missing = [key for key in network if names[key] not in averages]
+    averaged = set(averaged_keys(weights, source).values())
+    missing = [key for key in weights if key.startswith("model.") and key not in averaged]
     if missing:
         raise ValueError(
             f"checkpoint '{source}' lacks the moving averages of {len(missing)} weights ({missing[0]}); give --no_ema"
         )
-    return merged | {key: averages[name] for key, name in names.items()}
+    return apply_averages(weights, "bake", source)
 
 
 def load_model(options: argparse.Namespace) -> Any:
@@ -346,8 +344,11 @@ def load_model(options: argparse.Namespace) -> Any:
     """
     checkpoint, config = find_checkpoint(options.ckpt, options.config)
     section = read_model_config(config)
-    weights = read_weights(checkpoint)
-    has_averages = any(key.startswith("model_ema.") for key in weights)
+    if is_diffusers_folder(checkpoint):
+        weights = read_folder(checkpoint, section["params"])
+    else:
+        weights = without_wrapper_prefixes(read_weights(checkpoint))
+    has_averages = any(key.startswith(AVERAGES) for key in weights)
     if has_averages and not options.no_ema:
         weights = with_averages(weights, checkpoint)
     device = choose_device(options.device)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import convert
 import img2img
 import inpaint
 import make_tiny_checkpoint
@@ -210,6 +211,12 @@ def test_a_run_folder_brings_its_last_checkpoint_and_its_config(
     picture = Image.open(tmp_path / "a" / "samples" / "00000.png")
     assert same(np.asarray(picture), draw(tiny, tmp_path / "b", "--n_iter", "1", "--n_samples", "1")[0])
     assert picture.info["model"] == run_folder.name
+
+
+def test_a_diffusers_folder_makes_the_same_pictures(tiny: Path, tmp_path: Path) -> None:
+    assert convert.main([str(tiny), str(tmp_path / "folder"), "--config", CONFIG]) == 0
+    once = ["--n_iter", "1", "--n_samples", "1"]
+    assert same(draw(tmp_path / "folder", tmp_path / "a", *once)[0], draw(tiny, tmp_path / "b", *once)[0])
 
 
 def with_moving_averages(tiny: Path, out: Path) -> Path:
