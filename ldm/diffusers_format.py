@@ -336,23 +336,56 @@ class FolderFormat:
             raise ValueError(f"'{folder}' does not fit the config: {'; '.join(problems)}")
 
     def _schedule_problems(self, theirs: Mapping[str, Any]) -> list[str]:
-        if not theirs or theirs.get("trained_betas") is not None:
+        if not theirs:
             return []
-        params = self.params
-        ours = {
-            "prediction_type": _PREDICTIONS[params.get("parameterization") or "eps"],
-            "num_train_timesteps": params.get("timesteps", 1000),
-            "beta_start": params.get("linear_start", 1e-4),
-            "beta_end": params.get("linear_end", 2e-2),
-        }
-        name = _BETA_SCHEDULES.get(params.get("beta_schedule") or "linear")
-        if name is not None and params.get("given_betas") is None:
-            ours["beta_schedule"] = name
-        return [
-            f"scheduler/scheduler_config.json says {key} {theirs[key]!r}, the config {value!r}"
-            for key, value in ours.items()
-            if key in theirs and theirs[key] != value
-        ]
+        problems = []
+        prediction = _PREDICTIONS[self.params.get("parameterization") or "eps"]
+        if theirs.get("prediction_type", prediction) != prediction:
+            problems.append(
+                f"scheduler/scheduler_config.json says prediction_type {theirs['prediction_type']!r}, the config "
+                f"parameterization {self.params.get('parameterization') or 'eps'!r}"
+            )
+        betas, own = _folder_betas(theirs), schedule_tables(self.params)["betas"].double()
+        if betas is not None and (betas.shape != own.shape or not torch.allclose(betas, own, rtol=1e-3, atol=1e-7)):
+            told = {key: theirs.get(key) for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}
+            problems.append(
+                "scheduler/scheduler_config.json has another noise schedule than the config ("
+                + ", ".join(f"{key} {value}" for key, value in told.items())
+                + ")"
+            )
+        return problems
+
+
+def schedule_tables(params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Compute the schedule tables that a checkpoint holds.
+
+    Args:
+        params: ``model.params`` of the config.
+
+    Returns:
+        Each table by its key, float32 (T,).
+    """
+    build = get_obj_from_str("ldm.models.diffusion.noise_schedule.build_noise_schedule")
+    names = (
+        *("given_betas", "beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s", "v_posterior"),
+        "zero_terminal_snr",
+    )
+    tables: dict[str, Tensor] = build(**{name: params[name] for name in names if name in params}).tensors()
+    return tables
+
+
+def _folder_betas(scheduler: Mapping[str, Any]) -> Tensor | None:
+    """Compute the betas that a folder's scheduler describes, float64 (T,); None for a kind unknown here."""
+    if scheduler.get("trained_betas") is not None:
+        return torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
+    if scheduler.get("rescale_betas_zero_snr"):
+        return None
+    start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 2e-2))
+    steps = int(scheduler.get("num_train_timesteps", 1000))
+    kind = scheduler.get("beta_schedule", "linear")
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    return torch.linspace(start, end, steps, dtype=torch.float64) if kind == "linear" else None
 
 
 def unet_names(

@@ -48,6 +48,7 @@ from ldm.diffusers_format import (
     foreign_kind,
     is_diffusers_folder,
     read_folder,
+    schedule_tables,
 )
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -74,17 +75,6 @@ def read_params(config: Path) -> dict[str, Any]:
     if not isinstance(model, dict) or not isinstance(model.get("params"), dict):
         raise ValueError(f"the config '{config}' has no section model.params")
     return model["params"]
-
-
-def schedule_tables(params: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Compute the schedule tables that a checkpoint holds, each float32 (T,)."""
-    build = get_obj_from_str("ldm.models.diffusion.noise_schedule.build_noise_schedule")
-    names = (
-        *("given_betas", "beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s", "v_posterior"),
-        "zero_terminal_snr",
-    )
-    tables: dict[str, Tensor] = build(**{name: params[name] for name in names if name in params}).tensors()
-    return tables
 
 
 def refuse_other_schedule(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor], source: Path) -> None:

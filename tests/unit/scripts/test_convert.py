@@ -317,7 +317,9 @@ def test_another_kind_of_folder_is_named(
     ("file", "changes", "named"),
     [
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
-        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end"),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end 0.02"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule linear"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "noise schedule"),
         ("unet/config.json", {"attention_head_dim": 8}, "attention_head_dim"),
         ("vae/config.json", {"scaling_factor": 0.13}, "scaling_factor"),
     ],
@@ -423,6 +425,8 @@ def test_a_schedule_that_diffusers_has_no_name_for_is_written_out(tmp_path: Path
     assert convert.main([str(tmp_path / "cosine.ckpt"), str(tmp_path / "out"), "--config", str(path)]) == 0
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert torch.equal(torch.tensor(scheduler["trained_betas"]), model.betas)
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "back.ckpt"), "--config", str(path)]) == 0
+    assert same(read_weights(tmp_path / "back.ckpt"), model.state_dict())
 
 
 def test_a_checkpoint_of_another_schedule_than_the_configs_is_refused(
@@ -456,3 +460,18 @@ def test_skipped_layers_are_mentioned_since_a_folder_cannot_say_so(
     torch.save(trained, tmp_path / "last.ckpt")
     assert convert.main([str(tmp_path / "last.ckpt"), str(tmp_path / "out"), "--config", str(path)]) == 0
     assert "clip_skip=1" in capsys.readouterr().out
+
+
+def test_a_v_model_without_a_signal_at_the_last_timestep_goes_there_and_back(tmp_path: Path) -> None:
+    config = small_config()
+    config["model"]["params"].update(parameterization="v", zero_terminal_snr=True)
+    path = write_config(tmp_path / "v.yaml", config)
+    weights = build(config).state_dict()
+    torch.save(weights, tmp_path / "v.ckpt")
+    assert convert.main([str(tmp_path / "v.ckpt"), str(tmp_path / "out"), "--config", str(path)]) == 0
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "DDIMScheduler"
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["trained_betas"][-1] == 1.0
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "back.ckpt"), "--config", str(path)]) == 0
+    assert same(read_weights(tmp_path / "back.ckpt"), weights)
