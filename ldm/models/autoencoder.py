@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -56,7 +57,7 @@ def _uncounted() -> None:
     """Stand in for Lightning's count of optimiser steps."""
 
 
-class _Autoencoder(pl.LightningModule):
+class _Autoencoder(pl.LightningModule, ABC):
     """What all autoencoders share: how they are built, loaded, trained and logged.
 
     Autoencoder and discriminator are trained in turn on every batch, the discriminator on a
@@ -73,6 +74,7 @@ class _Autoencoder(pl.LightningModule):
     colorize: Tensor
     model_ema: LitEma
     accumulates_and_clips: Final = True
+    """Tells the run that this model applies the trainer's accumulation and gradient clipping itself."""
 
     def __init__(
         self,
@@ -124,6 +126,7 @@ class _Autoencoder(pl.LightningModule):
             x = x[..., None]
         return rearrange(x, "b h w c -> b c h w").contiguous().float().to(self.device)
 
+    @abstractmethod
     def reconstruct(self, x: Tensor, exposures: Tensor, purpose: str) -> tuple[Any, ...]:
         """Reconstruct pictures, with all that the loss needs beside the reconstructions.
 
@@ -135,13 +138,12 @@ class _Autoencoder(pl.LightningModule):
         Returns:
             Reconstructions (B, C, H, W), and what :meth:`compute_loss` needs beside them.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def compute_loss(
         self, x: Tensor, reconstructed: tuple[Any, ...], optimizer_idx: int, step: int, split: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Call the loss on what :meth:`reconstruct` returned."""
-        raise NotImplementedError
 
     # --- Lightning -----------------------------------------------------------------------------------------
 

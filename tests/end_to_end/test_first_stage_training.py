@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.training.run import main
 from tests.conftest import ROOT
+from tests.end_to_end.conftest import start
 
 CONFIGS = {kind: ROOT / "configs" / "autoencoder" / f"tiny_{kind}_f4.yaml" for kind in ("kl", "vq")}
 
@@ -32,7 +34,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five of the quickstart's photographs."""
+    """Five of the quickstart's photographs, small: most of a step would be reading them."""
     path = ROOT / "scripts" / "prepare_quickstart.py"
     spec = importlib.util.spec_from_file_location("prepare_quickstart", path)
     assert spec is not None
@@ -42,6 +44,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec.loader.exec_module(script)
     folder = tmp_path_factory.mktemp("photographs")
     script.write_photographs(folder, script.PHOTOGRAPHS[1:6])
+    for path in folder.glob("*/*"):
+        with Image.open(path) as picture:
+            picture.reduce(8).save(path)
     return folder
 
 
@@ -74,7 +79,7 @@ def long_run(request: pytest.FixtureRequest, photographs: Path, tmp_path_factory
 def test_two_hundred_steps_lower_the_reconstruction_loss_of_the_validation(long_run: Path) -> None:
     losses = list(curve(long_run, "val/rec_loss").values())
     assert len(losses) == 8
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_step_is_one_of_the_autoencoder(long_run: Path) -> None:
@@ -98,6 +103,18 @@ def test_a_resumed_run_repeats_an_unbroken_one(kind: str, photographs: Path, tmp
     one, two = last(whole), last(broken)
     assert one["global_step"] == two["global_step"] == 5
     assert all(torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the processes' library for CPUs is not built there")
+def test_two_devices_share_a_run(photographs: Path, tmp_path: Path) -> None:
+    words = ["--base", str(CONFIGS["kl"]), "-t", "--no-test", "--data_root", str(photographs), *SMALL]
+    words += ["lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2", "lightning.trainer.max_steps=3"]
+    process = start(*words, "-l", str(tmp_path), cwd=tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    (run,) = tmp_path.iterdir()
+    assert last(run)["global_step"] == 3
 
 
 def test_pictures_are_written_at_the_autoencoders_steps(photographs: Path, tmp_path: Path) -> None:

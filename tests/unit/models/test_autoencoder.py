@@ -192,6 +192,20 @@ def test_a_file_with_the_loss_of_its_training_loads_into_a_model_without(tmp_pat
     assert torch.equal(model.decoder.conv_out.weight, trained.decoder.conv_out.weight)
 
 
+def test_lpips_in_a_file_is_passed_over_by_a_model_without_it():
+    model = vq_model(lossconfig=lossconfig("vq"))
+    extra = {"loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1)}
+    report = load_weights(model, model.state_dict() | extra, source="file")
+    assert any("LPIPS" in note for note in report.notes)
+
+
+def test_a_loss_that_does_not_fit_is_an_error_where_the_model_has_one():
+    model = vq_model(lossconfig=lossconfig("vq"))
+    extra = {"loss.discriminator.main.99.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"main\.99"):
+        load_weights(model, model.state_dict() | extra, source="file")
+
+
 # --- optimisers --------------------------------------------------------------------------------------------
 
 
