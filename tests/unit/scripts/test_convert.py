@@ -87,7 +87,8 @@ def test_the_comparison_is_printed(checkpoint: Path, tmp_path: Path, capsys: pyt
 def test_without_diffusers_the_tensors_alone_are_compared_and_it_says_so(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+    find = convert.importlib.util.find_spec
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name))
     assert run(checkpoint, tmp_path / "out") == 0
     assert "diffusers is not installed" in capsys.readouterr().out
 
