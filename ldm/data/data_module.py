@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -126,8 +126,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 "picture once, always with the same noise); write target: ldm.data.every_dream.EveryDreamBatch"
             )
         check_pictures((f"data.params.{split}.params.on_bad_image", dataset) for split, dataset in ours.items())
-        for split, dataset in ours.items():
-            _log_left_out(split, dataset)
+        _tell_what_is_left_out(ours.values())
         self.datasets = datasets
         self._check_batch_size()
 
@@ -255,16 +254,21 @@ def seed_global_generators(worker_id: int) -> None:
     np.random.seed(seed)
 
 
-def _log_left_out(split: str, dataset: EveryDreamBatch) -> None:
-    if dataset.left_out:
-        logger.warning("%s: left out, no pictures: %s", split, ", ".join(dataset.left_out))
-    if dataset.hidden:
-        logger.debug("%s: left out, hidden: %s", split, ", ".join(dataset.hidden))
-    empty = dataset.empty_captions
+def _tell_what_is_left_out(datasets: Iterable[EveryDreamBatch]) -> None:
+    """Name the files that are not used and the pictures without a caption, each once for all splits."""
+    roots = {os.path.realpath(dataset.data_root): dataset for dataset in datasets}.values()
+    left_out = [name for dataset in roots for name in dataset.left_out]
+    hidden = [name for dataset in roots for name in dataset.hidden]
+    empty = [name for dataset in roots for name in dataset.empty_captions]
+    if left_out:
+        nouns = ("file", "picture") if len(left_out) == 1 else ("files", "pictures")
+        logger.warning("%d %s left out, no %s: %s", len(left_out), *nouns, ", ".join(left_out))
+    if hidden:
+        logger.debug("left out, hidden: %s", ", ".join(hidden))
     if empty:
         logger.warning(
-            "%s: %d pictures have an empty caption (nothing precedes the first underscore): %s",
-            split,
+            "%d %s an empty caption (nothing precedes the first underscore): %s",
             len(empty),
+            "picture has" if len(empty) == 1 else "pictures have",
             ", ".join(empty),
         )

@@ -136,7 +136,7 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         kept = [picture for picture in self.pictures if picture.path not in broken]
         if not kept:
             raise ValueError(
-                f"{self.data_root}: none of its {len(self.pictures)} pictures can be read; put sound ones there"
+                f"{self.data_root}: no picture in it can be read (of {len(self.pictures)}); put sound ones there"
             )
         for picture in self.pictures:
             if picture.path in broken:
@@ -190,7 +190,8 @@ def check_pictures(datasets: Iterable[tuple[str, EveryDreamBatch]]) -> None:
     paths = dict.fromkeys(picture.path for _, dataset in named for picture in dataset.pictures)
     started = time.monotonic()
     broken = find_broken_pictures(list(paths))
-    logger.info("checked %d pictures in %.1f s", len(paths), time.monotonic() - started)
+    seconds = time.monotonic() - started
+    logger.info("checked %d %s in %.1f s", len(paths), "picture" if len(paths) == 1 else "pictures", seconds)
     if not broken:
         return
     fatal: dict[str, str] = {}

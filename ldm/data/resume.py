@@ -102,9 +102,10 @@ def settle_resume(
     position = shown // (exposures_per_batch * step) * step
     again = shown - position * exposures_per_batch
     logger.info(
-        "going on in epoch %d at batch %d%s",
-        epoch,
+        "going on in epoch %d after batch %d/%d%s",
+        epoch + 1,
         position,
+        batches_per_epoch,
         f"; {again} exposures of an unfinished optimiser step come again" if again else "",
     )
     if position == 0:

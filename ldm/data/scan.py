@@ -80,10 +80,13 @@ def scan_data_root(data_root: str) -> Scan:
         )
     scan = Scan()
     in_root: list[str] = []
+    unprintable: list[str] = []
     too_deep: list[str] = []
     folders: list[str] = []
     for entry in _sorted_entries(data_root, scan):
-        if _is_hidden(entry.name):
+        if not _is_text(entry.name):
+            unprintable.append(entry.path)
+        elif _is_hidden(entry.name):
             scan.hidden.append(entry.name)
         elif entry.is_dir():
             folders.append(entry.name)
@@ -96,7 +99,9 @@ def scan_data_root(data_root: str) -> Scan:
         before = len(scan.pictures)
         for entry in _sorted_entries(os.path.join(data_root, folder), scan):
             relative_path = f"{folder}/{entry.name}"
-            if _is_hidden(entry.name):
+            if not _is_text(entry.name):
+                unprintable.append(entry.path)
+            elif _is_hidden(entry.name):
                 scan.hidden.append(relative_path)
             elif entry.is_dir():
                 too_deep += _pictures_below(entry.path, relative_path, scan)
@@ -116,6 +121,10 @@ def scan_data_root(data_root: str) -> Scan:
     scan.left_out.sort()
     scan.hidden.sort()
     scan.problems += _name_some(
+        unprintable,
+        lambda path: f"{os.fsencode(path).decode('utf-8', 'backslashreplace')}: the name is not UTF-8 text; rename it",
+    )
+    scan.problems += _name_some(
         in_root, lambda name: f"{os.path.join(data_root, name)}: lies in the data root; move it into a subfolder of it"
     )
     scan.problems += _name_some(
@@ -130,6 +139,11 @@ def scan_data_root(data_root: str) -> Scan:
             f"{data_root}: holds no pictures; put .jpg, .jpeg, .png, .webp, .bmp or .jfif files into a subfolder of it"
         )
     return scan
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether a name can be written down; Python marks bytes that are no UTF-8 with lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _is_hidden(name: str) -> bool:

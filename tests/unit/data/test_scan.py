@@ -1,4 +1,5 @@
 import os
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,16 @@ def test_folders_are_counted_also_the_empty_ones(make_root: MakeRoot) -> None:
     root = make_root("a/1.png", "a/2.png", "b/1.png")
     (root / "c").mkdir()
     assert scan_data_root(str(root)).folder_counts == {"a": 2, "b": 1, "c": 0}
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are always Unicode there")
+def test_names_that_are_not_utf_8_are_problems_that_can_be_printed(make_root: MakeRoot) -> None:
+    root = make_root("a/1.png", "b/2.png")
+    os.rename(root / "a" / "1.png", os.path.join(os.fsencode(root), b"a", b"caf\xe9.png"))
+    os.rename(root / "b", os.path.join(os.fsencode(root), b"\xff"))
+    folder, picture = scan_data_root(str(root)).problems
+    assert folder == f"{root}/\\xff: the name is not UTF-8 text; rename it"
+    assert picture == f"{root}/a/caf\\xe9.png: the name is not UTF-8 text; rename it"
 
 
 def test_other_files_are_left_out_and_named(make_root: MakeRoot) -> None:
