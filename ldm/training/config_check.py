@@ -80,6 +80,9 @@ _OTHER_WORDS: Final[Mapping[str, str]] = {
 }
 """What other trainers call Lightning's precisions."""
 
+_ROUNDING_PRECISIONS: Final = ("bf16-true", "16-true", "64-true", "64", "transformer-engine")
+"""Precisions that store the weights themselves in other numbers than the 32-bit ones that training needs."""
+
 _MODULE_KEYS: Final = ("unet_config", "first_stage_config", "cond_stage_config", "lossconfig")
 _CODER: Final = "ldm.modules.diffusionmodules.model"
 
@@ -325,6 +328,13 @@ class _Check:
                 match = nearest(value, sorted(registered))
                 listed = f"one of {', '.join(sorted(registered))}" if len(registered) <= 12 else "see Lightning's list"
                 self.add(f"{path}.{key}", f"{value!r} is unknown; {f'did you mean {match}?' if match else listed}")
+        precision = str(section.get("precision"))
+        if precision.startswith(_ROUNDING_PRECISIONS):
+            self.add(
+                f"{path}.precision",
+                f"{precision} does not train these models: their weights stay in 32 bit; choose 32-true, or bf16-mixed "
+                "or 16-mixed, which compute in 16 bit",
+            )
         if not _devices_fit(section.get("devices")):
             self.add(
                 f"{path}.devices",

@@ -30,6 +30,12 @@ SETTLED_WARNINGS: Final = (
     r".*Total length of `list` across ranks is zero.*",
     r".*`max_epochs` was not set.*",
     r".*could not find the monitored key in the returned metrics.*",  # no validation yet: last.ckpt is saved
+    r".*You called `self\.log\(.*but have no logger configured.*",
+    r".*You are trying to `self\.log\(\)` but `Trainer\(barebones=True\)` is configured.*",
+    r".*You requested to overfit but enabled .* dataloader shuffling.*",
+    r".*The dirpath has changed from .*",  # a run that was moved goes on where it is
+    r".*callbacks used to create the checkpoint need to be provided.*",
+    r".*Detected pickle protocol \d+ in the checkpoint.*",  # what cannot be read is an error of its own
     r".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",
 )
 

@@ -31,7 +31,7 @@ from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
 from ldm.training.run_directory import RunDirectory, find_run, new_run_directory
 from ldm.training.stop_signals import Interrupted, StopSignals
-from ldm.training.summary import RunSummary, describe_training_set, model_parts, plan_steps, plural
+from ldm.training.summary import RunSummary, describe_training_set, empty_limits, model_parts, plan_steps, plural
 from ldm.training.trainer import build_trainer
 from ldm.util import instantiate_from_config
 
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 DONE: Final = 0
 FAILED: Final = 1
 USER_ERROR: Final = 2
+
+NAMED_CAPTIONS: Final = 5
+"""How many captions that are cut the warning names."""
 
 
 @dataclass
@@ -242,6 +245,11 @@ def _summarise(
     def batches(split: str) -> int:
         return data.steps_per_epoch(split, devices) if split in data.datasets else 0
 
+    splits = ("train", "validation") if run.said.get("no_test") else ("train", "validation", "test")
+    problems = empty_limits(trainer, {split: batches(split) for split in splits})
+    if problems:
+        raise ValueError("\n".join(problems))
+    _warn_of_cut_captions(model, data)
     return RunSummary(
         run_folder=str(run.directory.path),
         weights=source,
@@ -259,6 +267,26 @@ def _summarise(
         notes=notes,
         is_continued=run.checkpoint is not None,
     )
+
+
+def _warn_of_cut_captions(model: Any, data: Any) -> None:
+    """Name captions that are longer than the text encoder takes, in one line."""
+    encoder: Any = getattr(model, "cond_stage_model", None)
+    if not hasattr(encoder, "cut_captions"):
+        return
+    pictures = (picture for dataset in data.datasets.values() for picture in getattr(dataset, "pictures", ()))
+    cut = encoder.cut_captions(sorted({picture.caption for picture in pictures}))
+    if cut:
+        named = "; ".join(f"'{caption}' loses '{end}'" for caption, end in list(cut.items())[:NAMED_CAPTIONS])
+        more = f" and {len(cut) - NAMED_CAPTIONS} more" if len(cut) > NAMED_CAPTIONS else ""
+        logger.warning(
+            "%s longer than the text encoder's %d tokens and %s cut: %s%s",
+            "1 caption is" if len(cut) == 1 else f"{len(cut):,} captions are",
+            encoder.max_length - 2,
+            "is" if len(cut) == 1 else "are",
+            named,
+            more,
+        )
 
 
 def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -> None:

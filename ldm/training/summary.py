@@ -66,6 +66,45 @@ def limited_batches(batches: int, limit: int | float | None) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
+def empty_limits(trainer: pl.Trainer, batches: Mapping[str, int]) -> list[str]:
+    """Find limits that leave nothing to do of what was asked for.
+
+    Args:
+        trainer: the trainer, not started yet.
+        batches: batches of the splits ``train``, ``validation`` and ``test``, on each device; 0 without one.
+
+    Returns:
+        One line for each.
+    """
+    overfit = getattr(trainer, "overfit_batches", 0)
+    limits: dict[str, tuple[str, int | float | None]] = {
+        "train": ("overfit_batches", overfit) if overfit else ("limit_train_batches", trainer.limit_train_batches),
+        "test": ("limit_test_batches", trainer.limit_test_batches),
+    }
+    if not overfit and trainer.limit_val_batches:
+        limits["validation"] = ("limit_val_batches", trainer.limit_val_batches)
+    problems = []
+    for split, (name, limit) in limits.items():
+        there = batches.get(split, 0)
+        if not there or limited_batches(there, limit) > 0:
+            continue
+        if limit:
+            least = math.ceil(1e4 / there) / 1e4
+            remedy = f"{limit} of {there} batches is none; give {least:g} or more, or a number of batches such as 1"
+            problems.append(f"lightning.trainer.{name}: {remedy}")
+        elif split == "train":
+            problems.append(f"lightning.trainer.{name}: {limit} leaves nothing to train on; give at least 1")
+    training = limited_batches(batches["train"], limits["train"][1])
+    every = trainer.val_check_interval
+    within_epoch = trainer.check_val_every_n_epoch is not None and isinstance(every, int)
+    if batches.get("validation") and trainer.limit_val_batches and within_epoch and every > training > 0:
+        problems.append(
+            f"lightning.trainer.val_check_interval: {every} is more than the {training} training batches of an epoch;"
+            " give fewer, or a share of them such as 0.5, or check_val_every_n_epoch=null to count across epochs"
+        )
+    return problems
+
+
 def plan_steps(trainer: pl.Trainer, training_batches: int, validation_batches: int) -> StepPlan:
     """Work out the steps of a run from its trainer's limits.
 
@@ -195,7 +234,7 @@ class RunSummary:
         else:
             lines.append(f"training set: {self.training_set}")
         if self.left_out:
-            lines.append(f"left out: {plural(len(self.left_out), 'file')}: {', '.join(self.left_out)}")
+            lines.append(f"left out: {plural(len(self.left_out), 'file')} (named above)")
         if self.repeats is not None:
             lines.append(f"repeats: {self.repeats}")
         return lines

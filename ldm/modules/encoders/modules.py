@@ -178,6 +178,25 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.eval()
         self.requires_grad_(False)
 
+    def cut_captions(self, captions: Sequence[str]) -> dict[str, str]:
+        """Find captions that are too long; :meth:`tokenize` then cuts them without naming them once more.
+
+        Args:
+            captions: texts.
+
+        Returns:
+            What each such caption loses, by caption.
+        """
+        tokenizer = build_tokenizer()
+        room = self.max_length - 2
+        cut = {}
+        for caption in captions:
+            ids = tokenizer.backend_tokenizer.encode(caption, add_special_tokens=False).ids
+            if len(ids) > room:
+                cut[caption] = tokenizer.decode(ids[room:]).strip()
+        self._reported_captions.update(cut)
+        return cut
+
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Turn captions into token ids; a caption that is too long is cut, and named in a warning.
 

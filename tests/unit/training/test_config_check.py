@@ -283,6 +283,12 @@ def test_a_trainer_argument_that_lightning_would_refuse_is_told(check: Check, ov
     assert message in found[0]
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "64", "transformer-engine-float16"])
+def test_a_precision_that_rounds_the_weights_is_refused(check: Check, precision: str) -> None:
+    (problem,) = check(f"lightning.trainer.precision={precision}")
+    assert all(name in problem for name in (precision, "32-true", "bf16-mixed", "16-mixed"))
+
+
 def test_a_value_of_a_later_version_is_named_as_such(check: Check) -> None:
     assert check("data.params.train.params.resize_mode=bucket") == [
         "data.params.train.params.resize_mode: bucket is not in this version of the trainer: it belongs to aspect "

@@ -25,6 +25,25 @@ def test_warnings_say_that_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "warning: left out\n"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "You called `self.log('train/loss', ..., logger=True)` but have no logger configured.",
+        "You requested to overfit but enabled train dataloader shuffling.",
+        "The dirpath has changed from 'a' to 'b', therefore `best_model_score` won't be reloaded.",
+        "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided",
+        "You are trying to `self.log()` but `Trainer(barebones=True)` is configured.",
+        "Detected pickle protocol 4 in the checkpoint, which was not the default pickle protocol used by `torch.load`",
+    ],
+)
+def test_remarks_on_what_is_decided_are_settled(text: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with console(rank=0, debug=False):
+            warnings.warn(text, stacklevel=1)
+    assert not caught
+
+
 def test_other_processes_of_a_run_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with console(rank=1, debug=False):
         log.info("images: 3")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ldm.data.every_dream import EveryDreamBatch
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.training.run import main
 from ldm.training.run_directory import RunDirectory
 from tests.unit.training.toy import ToyDiffusion
@@ -54,6 +55,17 @@ class NeedsHostMemory(ToyDiffusion):
 class LosesAPicture(ToyDiffusion):
     def on_train_start(self) -> None:
         Path("mine/folder0/a plain square 0_.png").unlink()
+
+
+class Captioned(ToyDiffusion):
+    def __init__(self) -> None:
+        super().__init__()
+        numbers = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        self.cond_stage_model = FrozenCLIPEmbedder(text_config=numbers, max_length=22)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.cond_stage_model(batch["caption"])
+        return super().training_step(batch, batch_idx)
 
 
 class Faulty(EveryDreamBatch):
@@ -267,6 +279,42 @@ def test_a_full_disk_is_told_in_one_line_with_the_room_that_is_needed(
     (line,) = captured.err.splitlines()
     assert re.match(r"error: the disk is full: the checkpoint .*\.ckpt needs [\d.]+ GB, [\d.]+ GB are free; ", line)
     assert "error:" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("limit_train_batches=0.01", "0.01 of 6 batches is none; give 0.1667 or more, or a number of batches"),
+        ("limit_train_batches=0", "0 leaves nothing to train on"),
+        ("limit_val_batches=0.3", "0.3 of 3 batches is none"),
+        ("overfit_batches=0.1", "0.1 of 6 batches is none"),
+        ("val_check_interval=7", "7 is more than the 6 training batches of an epoch"),
+    ],
+)
+def test_a_limit_that_leaves_no_batches_is_told_before_the_run(
+    words: str, expected: str, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    validation = "data.params.validation"
+    words_of_validation = [
+        f"{validation}.target=ldm.data.ed_validate.EDValidateBatch",
+        f"{validation}.params.size=16",
+    ]
+    assert main([*command, *words_of_validation, f"lightning.trainer.{words}"]) == 2
+    line = capsys.readouterr().err.splitlines()[0]
+    assert f"lightning.trainer.{words.partition('=')[0]}: {expected}" in line
+    assert not Path("logs").exists()
+
+
+def test_captions_that_are_cut_are_told_in_one_line(
+    command: list[str], pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pictures, "mine")
+    for number in range(7):
+        shutil.copy("mine/folder0/a plain square 0_.png", f"mine/folder0/{number} {'long ' * 80}.png"[:250] + ".png")
+    assert main([*command, "--data_root", "mine", "--max_steps", "1", target("Captioned")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "caption" in line]
+    assert line.startswith("warning: 7 captions are longer than the text encoder's 20 tokens and are cut: '0 long long")
+    assert line.endswith("and 2 more")
 
 
 def test_a_refused_run_leaves_no_folder(command: list[str]) -> None:
