@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from taming.modules.vqvae.quantize import VectorQuantizer2
 from torch import Tensor, nn
 
 from ldm import exposure
@@ -445,6 +444,8 @@ class VQModel(_Autoencoder):
         super().__init__(ddconfig, lossconfig, embed_dim, image_key, colorize_nlabels, monitor)
         self.n_embed = n_embed
         # In its older form, which all published models were trained with, the factor is on the codebook's term.
+        from taming.modules.vqvae.quantize import VectorQuantizer2  # by VQ first stages alone
+
         self.quantize = VectorQuantizer2(
             n_embed, embed_dim, beta=COMMITMENT, remap=remap, sane_index_shape=sane_index_shape
         )
