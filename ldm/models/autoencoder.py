@@ -443,9 +443,9 @@ class VQModel(_Autoencoder):
             raise ValueError("first_stage_config: ddconfig.double_z must be false: codes have no variance")
         super().__init__(ddconfig, lossconfig, embed_dim, image_key, colorize_nlabels, monitor)
         self.n_embed = n_embed
-        # In its older form, which all published models were trained with, the factor is on the codebook's term.
         from taming.modules.vqvae.quantize import VectorQuantizer2  # by VQ first stages alone
 
+        # In its older form, which all published models were trained with, the factor is on the codebook's term.
         self.quantize = VectorQuantizer2(
             n_embed, embed_dim, beta=COMMITMENT, remap=remap, sane_index_shape=sane_index_shape
         )
