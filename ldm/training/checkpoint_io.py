@@ -153,9 +153,14 @@ def _describe_failure(error: BaseException, needed: int, target: Path) -> str:
     if chain is None and free >= needed:
         return f"could not write the checkpoint {target}: {' '.join(str(error).split())}"
     return (
-        f"the disk is full: the checkpoint {target} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make"
+        f"the disk is full: the checkpoint {target} needs {_size(needed)}, {_size(free)} are free; make"
         " room, or keep fewer checkpoints with lightning.modelcheckpoint.params.save_top_k=1"
     )
+
+
+def _size(count: int) -> str:
+    """Write a number of bytes."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _tensor_bytes(content: Any) -> int:

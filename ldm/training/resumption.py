@@ -99,7 +99,8 @@ def _take_rates(trainer: pl.Trainer, optimizer: Any, rates: list[float]) -> list
         was = saved if schedules else group["lr"]
         if was == rate:
             continue
-        group["lr"] = group["lr"] * rate / saved if schedules else rate
+        # From a rate of 0 the schedule's height does not show; it sets the rate again after the first step.
+        group["lr"] = group["lr"] * rate / saved if schedules and saved else rate
         group["initial_lr"] = rate
         changes.append(f"{was:.3g} -> {rate:.3g}")
     if changes:

@@ -19,6 +19,13 @@ class NoSchedule(ToyDiffusion):
         return torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate)
 
 
+class OwnRate(ToyDiffusion):
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[object]]:
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.model_lr or 0.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
 class TwoGroups(ToyDiffusion):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = [{"params": self.model[0].parameters()}, {"params": self.model[3].parameters()}]
@@ -75,6 +82,15 @@ def test_the_first_step_after_a_resume_is_at_the_changed_rate_on_the_schedule(fo
     before = last(folder)["state_dict"]["model.0.weight"]
     assert resume(folder, "model.base_learning_rate=1e-12", "--max_steps", "7") == 0
     assert torch.allclose(last(folder)["state_dict"]["model.0.weight"], before, atol=1e-9)
+
+
+def test_a_part_that_was_trained_at_a_rate_of_zero_can_be_given_one(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = first_run(tmp_path, pictures, monkeypatch, here("OwnRate"), "model.params.model_lr=0")
+    assert resume(folder, "model.params.model_lr=1e-4") == 0
+    (group,) = last(folder)["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(1e-4 / 13)
 
 
 def test_a_changed_learning_rate_counts_without_a_schedule_too(
@@ -159,6 +175,22 @@ def test_a_resumed_run_says_what_is_to_come(folder: Path, capsys: pytest.Capture
     assert "\nfrom step 6: 6 optimiser steps to come\n" in text
     assert " = 9 optimiser steps" not in text
     assert last(folder)["global_step"] == 12
+
+
+def test_the_steps_to_come_count_the_rest_of_an_epoch(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = first_run(tmp_path, pictures, monkeypatch, "--max_steps", "2", "--accumulate_grad_batches", "2")
+    assert resume(folder, "--max_steps", "-1") == 0
+    text = capsys.readouterr().out
+    assert "\ngoing on in epoch 1 after batch 4/6\n" in text
+    assert "\nfrom step 2: 4 optimiser steps to come\n" in text
+    assert last(folder)["global_step"] == 6
+
+
+def test_one_step_to_come_is_no_plural(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resume(folder, "--max_steps", "7") == 0
+    assert "\nfrom step 6: 1 optimiser step to come\n" in capsys.readouterr().out
 
 
 def test_going_back_behind_last_ckpt_is_told_with_both_steps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

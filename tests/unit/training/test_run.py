@@ -277,7 +277,7 @@ def test_a_full_disk_is_told_in_one_line_with_the_room_that_is_needed(
     assert main(command) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert re.match(r"error: the disk is full: the checkpoint .*\.ckpt needs [\d.]+ GB, [\d.]+ GB are free; ", line)
+    assert re.match(r"error: the disk is full: the checkpoint .*\.ckpt needs [\d.]+ MB, [\d.]+ [MG]B are free; ", line)
     assert "error:" not in captured.out
 
 
