@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -83,9 +84,13 @@ def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) ->
             f" {instead}"
         )
     if "loading state_dict" in text:
-        reason = " ".join(line.strip() for line in text.splitlines()[1:3])[:300]
-        remedy = "put model.params.use_ema back to what it was" if "model_ema" in reason else "use the run's own config"
-        return f"checkpoint {checkpoint} does not fit the model: {reason}: {remedy}, {instead}"
+        lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+        reason = textwrap.shorten(lines[0] if lines else text, 160, placeholder=" ...")
+        if "model_ema." in reason:
+            remedy = f"put model.params.use_ema back to what it was, {instead}"
+        else:
+            remedy = "the run can only be continued with the architecture that it began with"
+        return f"checkpoint {checkpoint} does not fit the model: {reason}; {remedy}"
     if isinstance(error, MisconfigurationException) and "max_epochs" in text:
         limit = f"lightning.trainer.max_epochs={trainer.max_epochs}"
         return f"checkpoint {checkpoint} lies beyond {limit}; raise that to go on"

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import logging
 import os
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +317,29 @@ def test_captions_that_are_cut_are_told_in_one_line(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "caption" in line]
     assert line.startswith("warning: 7 captions are longer than the text encoder's 20 tokens and are cut: '0 long long")
     assert line.endswith("and 2 more")
+
+
+def test_the_weights_as_read_are_gone_when_training_begins(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weights(dict[str, torch.Tensor]):
+        """A dictionary that can be watched."""
+
+    watched: list[weakref.ref[Weights]] = []
+    alive: list[bool] = []
+
+    def read(path: str) -> Weights:
+        weights = Weights(ToyDiffusion().state_dict())
+        watched.append(weakref.ref(weights))
+        return weights
+
+    def look(model: ToyDiffusion) -> None:
+        gc.collect()
+        alive.append(watched[0]() is not None)
+
+    monkeypatch.setattr("ldm.training.run.read_weights", read)
+    monkeypatch.setattr(ToyDiffusion, "on_train_start", look)
+    Path("some.ckpt").touch()
+    assert main([*command, "--actual_resume", "some.ckpt"]) == 0
+    assert alive == [False]
 
 
 def test_a_refused_run_leaves_no_folder(command: list[str]) -> None:
