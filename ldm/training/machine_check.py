@@ -9,6 +9,7 @@ import torch
 
 from ldm.diffusers_format import folder_problem, is_diffusers_folder
 from ldm.training.config_tree import ConfigTree, nearest
+from ldm.training.console import command_word
 from ldm.training.legacy_2022 import DATASETS
 
 
@@ -96,7 +97,8 @@ def _missing_checkpoint(path: str) -> str:
     if os.path.isdir(path):
         last = Path(path, "checkpoints", "last.ckpt")
         if last.is_file():
-            return f"actual_resume {path} is a folder; did you mean {last.as_posix()}? (-r {path} continues that run)"
+            instead = f"-r {command_word(path)} continues that run"
+            return f"actual_resume {path} is a folder; did you mean {last.as_posix()}? ({instead})"
         return (
             f"actual_resume {path} is a folder without model_index.json, so no diffusers folder; name one, or a .ckpt "
             "or .safetensors file"

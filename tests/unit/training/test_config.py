@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -271,6 +272,12 @@ def test_a_checkpoint_that_is_not_there_names_the_nearest(load: Load) -> None:
 def test_a_run_folder_as_checkpoint_names_its_last_one(load: Load) -> None:
     write("logs/run/checkpoints/last.ckpt", "")
     assert "did you mean logs/run/checkpoints/last.ckpt?" in problems(load, "--actual_resume", "logs/run")[0]
+
+
+def test_a_command_that_is_proposed_quotes_a_folder_with_spaces(load: Load) -> None:
+    write("my run/checkpoints/last.ckpt", "")
+    quoted = '"my run"' if sys.platform == "win32" else "'my run'"
+    assert f"(-r {quoted} continues that run)" in problems(load, "--actual_resume", "my run")[0]
 
 
 def saved_run(load: Load, folder: str = "logs/run") -> None:
