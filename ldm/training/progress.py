@@ -226,6 +226,11 @@ class RunProgress(ProgressBar):
 
 
 def _metrics_text(metrics: dict[str, Tensor], prefix: str) -> str:
-    """Write the metrics of a phase in one line."""
+    """Write the metrics of a phase in one line; averaged weights' only where they say something else."""
     chosen = {name: float(value) for name, value in metrics.items() if name.startswith(prefix)}
+    chosen = {
+        name: value
+        for name, value in chosen.items()
+        if not (name.endswith("_ema") and chosen.get(name.removesuffix("_ema")) == value)
+    }
     return "  ".join(f"{name} {value:.4f}" for name, value in chosen.items()) or "done"

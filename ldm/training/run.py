@@ -328,6 +328,7 @@ def _test(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -
     """Measure the test set, if there is one and it is wanted."""
     if run.said.get("no_test") or "test" not in data.datasets:
         return
+    logger.info("measuring the test set (--no-test leaves it out): %s", plural(len(data.datasets["test"]), "picture"))
     for metrics in trainer.test(model, datamodule=data, verbose=False):
         logger.info("test: %s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ldm.training.progress import RunProgress, format_duration
+from ldm.training.progress import RunProgress, _metrics_text, format_duration
 from tests.unit.training.toy_run import ToyRun, toy_run
 
 SHOWN: dict[str, Any] = {"enable_progress_bar": True}
@@ -100,3 +101,8 @@ def test_a_run_without_end_has_no_time_left(pictures: Path, tmp_path: Path) -> N
     run = toy_run(tmp_path, pictures, max_epochs=1, **SHOWN)
     run.trainer.fit_loop.max_epochs = -1
     assert math.isinf(progress_of(run).seconds_left(run.trainer, 3))
+
+
+def test_figures_of_averaged_weights_are_shown_where_they_differ() -> None:
+    metrics = {name: torch.tensor(value) for name, value in {"val/a": 1.0, "val/a_ema": 1.0, "val/b_ema": 2.0}.items()}
+    assert _metrics_text(metrics, "val/") == "val/a 1.0000  val/b_ema 2.0000"
