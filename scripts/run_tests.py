@@ -13,6 +13,8 @@ from typing import Final
 
 from environment import SetupError, ensure_environment, run_live
 
+# A file's tests share what is dear to build. One thread each: there is a process for every core.
+PARALLEL: Final = ("-n", "auto", "--dist", "loadfile")
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -22,7 +24,7 @@ def test_variables() -> dict[str, str]:
     Returns:
         Variables to set for pytest.
     """
-    return {**OFFLINE, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    return {**OFFLINE, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("run_tests: stopped; run it again to go on", file=sys.stderr)
         return 130
     passed_on = [argument for argument in arguments if argument != "--unpinned"]
-    return run_live([python, "-m", "pytest", *passed_on], test_variables())
+    return run_live([python, "-m", "pytest", *PARALLEL, *passed_on], test_variables())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Mapping[str,
 
 def test_arguments_are_passed_on_to_pytest(calls: list[tuple[list[str], Mapping[str, str]]]) -> None:
     run_tests.main(["-k", "scan", "--unpinned"])
-    assert calls[0][0] == ["python", "-m", "pytest", "-k", "scan"]
+    assert calls[0][0] == ["python", "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-k", "scan"]
 
 
 def test_the_exit_status_is_pytest_s(calls: list[tuple[list[str], Mapping[str, str]]]) -> None:
