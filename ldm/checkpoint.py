@@ -326,4 +326,4 @@ def _likely_cause(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         return "Likely cause: the file holds no VAE; use a whole model's checkpoint"
     if any_starts(unexpected, "encoder.", "decoder.", "quant_conv."):
         return "Likely cause: this is a VAE alone, not a whole model"
-    return "Likely cause: the file belongs to another architecture than the config (--base) describes"
+    return "Likely cause: the file belongs to another architecture than the config describes"

@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoints = find_checkpoints(options.logdir)
         names = {path: pruned_name(path, options.logdir, file_format) for path in checkpoints}
         failures: list[str] = []
+        copied: list[Path] = []
         for path, name in names.items():
             if list(names.values()).count(name) > 1:
                 failures.append(f"{path}: another checkpoint's copy would be named {name} too; rename one of them")
@@ -95,11 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 target = options.out / name
                 print(prune(path, target, not options.full, options.ema, file_format, options.overwrite))
-                if options.delete:
-                    path.unlink()
-                    print(f"removed {path}")
+                copied.append(path)
             except (OSError, ValueError) as error:
                 failures.append(f"{path}: {error}")
+        # Only now: a link among the checkpoints is read through the file that it points to.
+        for path in copied if options.delete else []:
+            path.unlink()
+            print(f"removed {path}")
         for failure in failures:
             print(f"autoprune_all: failed: {failure}", file=sys.stderr)
         if failures:

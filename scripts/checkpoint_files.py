@@ -131,7 +131,7 @@ def halve(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
         ValueError: a weight is too large for half precision, which ends at 65504.
     """
     halved = {
-        key: value.half() if value.is_floating_point() and key not in NEVER_HALVED else value
+        key: value.half() if value.is_floating_point() and value.ndim > 0 and key not in NEVER_HALVED else value
         for key, value in weights.items()
     }
     bad = [key for key, value in halved.items() if key not in SCHEDULE_TABLES and not _is_finite(value)]

@@ -315,7 +315,8 @@ def compare_outputs(
 
     def compare(name: str, ours: Tensor, theirs: Tensor) -> None:
         difference, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
-        lines.append(f"{name}: largest difference {difference:.2g} (outputs reach {size:.2g})")
+        untrained = "; all zero, as an untrained network's: this shows nothing" if size == 0.0 else ""
+        lines.append(f"{name}: largest difference {difference:.2g} (outputs reach {size:.2g}{untrained})")
         if not difference <= TOLERANCE * size:
             failed.append(name)
 

@@ -142,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         source: Path = options.ckpt
         named = None if options.out is None else format_of(options.out)
+        if options.out is not None and named is None and options.format is None:
+            raise ValueError(f"--out {options.out} must end in .ckpt or .safetensors, or --format say which it is")
         file_format = options.format or named or "ckpt"
         if named not in (None, file_format):
             raise ValueError(

@@ -112,6 +112,8 @@ def check_classes(options: argparse.Namespace, count: int) -> list[int | None]:
     asked = [*(options.classes or []), *([] if options.uncond_class is None else [options.uncond_class])]
     if count == 0 and asked:
         raise ValueError(f"--ckpt {options.ckpt} is unconditional: leave out --classes and --uncond_class")
+    if count == 0 and options.scale != 1.0:
+        raise ValueError(f"--ckpt {options.ckpt} is unconditional: leave out --scale, there is nothing to guide by")
     if count == 0:
         return [None]
     if not options.classes:

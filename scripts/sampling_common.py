@@ -107,7 +107,9 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--W", type=int, help="width in pixels (default: what the model was made for)")
     parser.add_argument("--C", type=int, help="latent channels; must be the model's")
     parser.add_argument("--f", type=int, help="pixels a latent cell; must be the model's")
-    parser.add_argument("--fixed_code", action="store_true", help="use the same noise, --seed's, for every picture")
+    parser.add_argument(
+        "--fixed_code", action="store_true", help="use the same noise for each batch, or each prompt of a file"
+    )
 
 
 def sampler_name(options: argparse.Namespace) -> str:
@@ -228,7 +230,11 @@ def plan_jobs(options: argparse.Namespace, prompts: Sequence[str]) -> list[Job]:
     """List the pictures to make: ``n_iter`` batches of one prompt, or every prompt of a file ``n_iter`` times."""
     each = list(prompts) if options.from_file is not None else [prompts[0]] * options.n_samples
     texts = each * options.n_iter
-    return [Job(text, options.seed + (0 if options.fixed_code else number)) for number, text in enumerate(texts)]
+    if not options.fixed_code:
+        return [Job(text, options.seed + number) for number, text in enumerate(texts)]
+    # The prompts of a file are compared on one noise; batches of one prompt repeat the noise of the first.
+    distinct = 1 if options.from_file is not None else options.n_samples
+    return [Job(text, options.seed + number % distinct) for number, text in enumerate(texts)]
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
@@ -303,6 +309,12 @@ def read_model_config(path: Path) -> dict[str, Any]:
     params = section.get("params") or {}
     if "target" not in section or not params:
         raise ValueError(f"--config {path} has no model section with target and params")
+    if "unet_config" not in params:
+        kind = str(section["target"]).rpartition(".")[2]
+        raise ValueError(
+            f"--config {path} describes {kind}, which is no diffusion model and makes no pictures of its own; "
+            "name a diffusion model's checkpoint and config"
+        )
     # Averages are put in the weights' place while reading, and no part loads a file of its own.
     params["use_ema"] = False
     for part in (params, *(value.get("params") for value in params.values() if isinstance(value, dict))):

@@ -53,6 +53,15 @@ def test_delete_removes_what_was_pruned(logs: Path) -> None:
     assert len(names(logs.parent / "out")) == 2
 
 
+def test_links_are_pruned_before_what_they_point_to_is_removed(logs: Path) -> None:
+    folder = logs / "catsT1_mine" / "checkpoints"
+    (folder / "last.ckpt").rename(folder / "epoch=00.ckpt")
+    (folder / "last.ckpt").symlink_to("epoch=00.ckpt")
+    assert autoprune(logs, "--delete", "--full") == 0
+    assert list(folder.iterdir()) == []
+    assert "catsT1_mine-last-pruned.ckpt" in names(logs.parent / "out")
+
+
 def test_a_failure_is_told_at_the_end_and_the_others_are_pruned(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = logs / "catsT1_mine" / "checkpoints" / "last.ckpt"
     bad.write_bytes(b"no checkpoint")

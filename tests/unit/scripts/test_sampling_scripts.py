@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.util import instantiate_from_config
+from tests.conftest import ROOT
 
 CONFIG = str(make_tiny_checkpoint.DEFAULT_CONFIG)
 PROMPT = "a cat, sitting: still"
@@ -196,6 +197,21 @@ def test_fixed_code_starts_every_picture_from_the_same_noise(tiny: Path, tmp_pat
     assert same(made[0], made[2])
 
 
+def test_fixed_code_repeats_the_noise_of_the_first_batch(tiny: Path, tmp_path: Path) -> None:
+    made = draw(tiny, tmp_path, "--n_iter", "2", "--n_samples", "2", "--fixed_code")
+    assert not same(made[0], made[1])
+    assert same(made[0], made[2])
+    assert same(made[1], made[3])
+
+
+def test_a_first_stage_makes_no_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "kl.ckpt"
+    torch.save({"state_dict": {"encoder.conv_in.weight": torch.zeros(1)}}, weights)
+    config = ROOT / "configs" / "autoencoder" / "tiny_kl_f4.yaml"
+    flags = ["--ckpt", str(weights), "--config", str(config), "--outdir", str(tmp_path / "out")]
+    assert "AutoencoderKL, which is no diffusion model" in refusal(sample_diffusion, flags, capsys)
+
+
 def test_the_negative_prompt_has_an_effect(tiny: Path, tmp_path: Path) -> None:
     plain = draw(tiny, tmp_path / "a", "--n_iter", "1", "--n_samples", "1")
     other = draw(tiny, tmp_path / "b", "--n_iter", "1", "--n_samples", "1", "--negative_prompt", "a dog")
@@ -365,6 +381,13 @@ def test_classes_that_the_model_lacks_are_refused(
     outdir = tmp_path / "out"
     assert message in refusal(sample_diffusion, [*classes, "--outdir", str(outdir), *flags], capsys)
     assert not outdir.exists()
+
+
+def test_guidance_of_an_unconditional_model_is_refused(
+    unconditional: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*unconditional, "--outdir", str(tmp_path), "--scale", "3"]
+    assert "--scale" in refusal(sample_diffusion, flags, capsys)
 
 
 def test_classes_for_an_unconditional_model_are_refused(
