@@ -79,7 +79,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
             last_layer: the decoder's last weights.
             cond: condition (B, C', H, W) for a conditional discriminator.
             split: prefix of the logged names.
-            weights: weights of the pictures' likelihoods, which broadcast against (B, C, H, W).
+            weights: weights of the pictures' likelihoods: (B,), or what broadcasts against (B, C, H, W).
 
         Returns:
             The scalar loss (summed over pixels and channels, averaged over pictures), and what to log.
@@ -90,6 +90,8 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         error, _ = self.reconstruction_error(error, inputs, reconstructions)
         each_nll = error / torch.exp(self.logvar) + self.logvar
         nll = each_nll.sum() / len(inputs)
+        if isinstance(weights, Tensor) and weights.ndim == 1:
+            weights = weights.reshape(-1, 1, 1, 1)
         weighted_nll = nll if weights is None else (weights * each_nll).sum() / len(inputs)
         kl = posteriors.kl().sum() / len(inputs)
         g_loss = self.generator_loss(reconstructions, cond)

@@ -72,8 +72,9 @@ def test_the_learned_log_variance_scales_the_error_and_is_added_for_each_pixel()
     assert logged["train/logvar"].item() == pytest.approx(0.3)
 
 
-def test_weights_apply_to_the_total_and_not_to_the_logged_likelihood():
-    weights = torch.tensor([0.5, 2.0]).reshape(2, 1, 1, 1)
+@pytest.mark.parametrize("shape", [(2,), (2, 1, 1, 1)])
+def test_weights_apply_to_the_total_and_not_to_the_logged_likelihood(shape):
+    weights = torch.tensor([0.5, 2.0]).reshape(shape)
     value, logged = generator_pass(kl_loss(disc_factor=0.0, kl_weight=0.0), weights=weights)
     assert value.item() == pytest.approx((0.5 * 1.0 + 2.0 * 0.75) / 2)
     assert logged["train/nll_loss"].item() == pytest.approx(NLL)
