@@ -307,7 +307,8 @@ def _misfit_message(
         parts.append(f"{len(unexpected)} keys are unexpected ({_first(unexpected)})")
     if mismatched:
         parts.append(f"{len(mismatched)} shapes differ ({_first(mismatched, 1)})")
-    return f"checkpoint '{source}' does not fit the model: {'; '.join(parts)}. {_likely_cause(missing, unexpected)}"
+    # The cause first: the keys are for whom it does not satisfy.
+    return f"checkpoint '{source}' does not fit the model: {_likely_cause(missing, unexpected)} ({'; '.join(parts)})"
 
 
 def _likely_cause(missing: Sequence[str], unexpected: Sequence[str]) -> str:
@@ -315,15 +316,15 @@ def _likely_cause(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         return any(key.startswith(prefixes) for key in keys)
 
     if any_starts(unexpected, "down_blocks.", "unet.", "text_encoder.", "time_embedding."):
-        return "Likely cause: this is one part of a diffusers folder; name the folder, which holds model_index.json"
+        return "this looks like one part of a diffusers folder; name the folder, which holds model_index.json"
     if any_starts(unexpected, "lora_", "lycoris_"):
-        return "Likely cause: this is a LoRA, not a whole model; name the base model's checkpoint"
+        return "this looks like a LoRA, not a whole model; name the base model's checkpoint"
     if any_starts(unexpected, "cond_stage_model.model."):
-        return "Likely cause: this is a Stable Diffusion 2 model, which the v1 config does not describe"
+        return "this is a Stable Diffusion 2 model; what is read here is Stable Diffusion v1"
     if any_starts(unexpected, "conditioner."):
-        return "Likely cause: this is an SDXL model, which the v1 config does not describe"
+        return "this is an SDXL model; what is read here is Stable Diffusion v1"
     if any_starts(missing, "first_stage_model.") and not any_starts(missing, "model.diffusion_model."):
-        return "Likely cause: the file holds no VAE; use a whole model's checkpoint"
+        return "the file holds no VAE; use a whole model's checkpoint"
     if any_starts(unexpected, "encoder.", "decoder.", "quant_conv."):
-        return "Likely cause: this is a VAE alone, not a whole model"
-    return "Likely cause: the file belongs to another architecture than the config describes"
+        return "this looks like a VAE alone, not a whole model"
+    return "it belongs to another architecture than the config describes"
