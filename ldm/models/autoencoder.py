@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm import exposure
 from ldm.checkpoint import load_weights, read_weights
-from ldm.models.keyed_batches import batch_exposures, move_draw
+from ldm.models.keyed_batches import batch_exposures, move_all_but_exposures, move_draw
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -153,11 +153,8 @@ class _Autoencoder(pl.LightningModule, ABC):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch to the device, but for its exposure keys: fetching those back would wait for the device."""
-        if not isinstance(batch, Mapping) or "exposure" not in batch:
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        rest = {name: value for name, value in batch.items() if name != "exposure"}
-        moved = super().transfer_batch_to_device(rest, device, dataloader_idx)
-        return {**moved, "exposure": batch["exposure"]}
+        move = super().transfer_batch_to_device
+        return move_all_but_exposures(batch, lambda rest: move(rest, device, dataloader_idx))
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Train the autoencoder, then the discriminator, on a batch.
@@ -236,12 +233,8 @@ class _Autoencoder(pl.LightningModule, ABC):
         if not self.use_ema:
             yield
             return
-        self.model_ema.store(self.parameters())
-        self.model_ema.copy_to(self)
-        try:
+        with self.model_ema.swapped_into(self):
             yield
-        finally:
-            self.model_ema.restore(self.parameters())
 
     def configure_optimizers(self) -> Any:
         """Build Adam for the autoencoder (with what its loss learns), and for the discriminator.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,3 +38,19 @@ def batch_exposures(
 def move_draw(draw: Tensor, device: torch.device) -> Tensor:
     """Move a draw from the CPU without waiting for the device, as copying from pageable memory would."""
     return draw.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draw.to(device)
+
+
+def move_all_but_exposures(batch: Any, move: Callable[[Any], Any]) -> Any:
+    """Move a batch, but leave its exposure keys on the CPU: fetching those back would wait for the device.
+
+    Args:
+        batch: the batch; one without exposure keys, or of another kind, is moved whole.
+        move: moves a batch.
+
+    Returns:
+        The moved batch.
+    """
+    if not isinstance(batch, Mapping) or "exposure" not in batch:
+        return move(batch)
+    moved = move({name: value for name, value in batch.items() if name != "exposure"})
+    return {**moved, "exposure": batch["exposure"]}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,18 @@ class LitEma(nn.Module):
         shadows = dict(self.named_buffers())
         for name, shadow_name in self.m_name2s_name.items():
             parameters[name].copy_(shadows[shadow_name])
+
+    @contextmanager
+    def swapped_into(self, model: nn.Module) -> Iterator[None]:
+        """Give a model the averages for the time of a ``with`` block, and its own weights back after it."""
+        live = [parameter.detach().clone() for parameter in model.parameters()]
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, kept in zip(model.parameters(), live, strict=True):
+                    parameter.copy_(kept)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep a copy of parameters, for :meth:`restore`."""

@@ -20,7 +20,7 @@ from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion import ancestral, gaussian_diffusion, image_rows, loss
 from ldm.models.diffusion.conditioning import CONDITIONING_KEYS, Condition, as_arguments
 from ldm.models.diffusion.noise_schedule import build_noise_schedule, condition_timesteps
-from ldm.models.keyed_batches import batch_exposures, move_draw
+from ldm.models.keyed_batches import batch_exposures, move_all_but_exposures, move_draw
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config, mean_flat
@@ -465,11 +465,8 @@ class DDPM(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch to the device, but for its exposure keys: fetching those back would wait for the device."""
-        if not isinstance(batch, Mapping) or "exposure" not in batch:
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        rest = {name: value for name, value in batch.items() if name != "exposure"}
-        moved = super().transfer_batch_to_device(rest, device, dataloader_idx)
-        return {**moved, "exposure": batch["exposure"]}
+        move = super().transfer_batch_to_device
+        return move_all_but_exposures(batch, lambda rest: move(rest, device, dataloader_idx))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute and log a batch's loss."""
@@ -507,14 +504,8 @@ class DDPM(pl.LightningModule):
         if not self.use_ema:
             yield
             return
-        live = [parameter.detach().clone() for parameter in self.model.parameters()]
-        self.model_ema.copy_to(self.model)
-        try:
+        with self.model_ema.swapped_into(self.model):
             yield
-        finally:
-            with torch.no_grad():
-                for parameter, kept in zip(self.model.parameters(), live, strict=True):
-                    parameter.copy_(kept)
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Give the parameters to train by part, in the order of the optimiser; parts without any are left out."""
