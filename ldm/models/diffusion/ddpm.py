@@ -744,7 +744,8 @@ class LatentDiffusion(DDPM):
         """Turn a batch into latents and condition.
 
         Args:
-            batch: pictures (B, H, W, C) in [-1, 1] under ``k``, and the condition.
+            batch: pictures (B, H, W, C) in [-1, 1] under ``k``, or their ``moments`` from :meth:`encode_moments`
+                instead; and the condition.
             k: name of the pictures.
             return_first_stage_outputs: also return pictures and reconstructions.
             force_c_encode: encode the condition also where its encoder is trained (which the loss then does).
@@ -755,10 +756,15 @@ class LatentDiffusion(DDPM):
             return_pictures: also return the pictures, without reconstructions.
 
         Returns:
-            ``[z, c]``, then ``x, x_rec`` or ``x``, then ``xc``, as asked for.
+            ``[z, c]``, then ``x, x_rec`` or ``x``, then ``xc``, as asked for. For a batch of moments, x is decoded
+            from their means.
+
+        Raises:
+            ValueError: the condition is made from the pictures, and the batch has moments instead.
         """
-        x = super().get_input(batch, k)[:bs].to(self.device)
-        posterior = self.encode_first_stage(x)
+        is_cached = k == self.first_stage_key and k not in batch and "moments" in batch
+        x = None if is_cached else super().get_input(batch, k)[:bs].to(self.device)
+        posterior = self._cached_posterior(batch, bs) if x is None else self.encode_first_stage(x)
         noise = None
         if exposures is not None and isinstance(posterior, DiagonalGaussianDistribution):
             noise = self._draw_normals("posterior", posterior.mean, exposures[:bs])
@@ -769,6 +775,8 @@ class LatentDiffusion(DDPM):
             xc = self._original_condition(batch, cond_key or self.cond_stage_key, x, bs)
             c = xc if self.cond_stage_trainable and not force_c_encode else self.get_learned_conditioning(xc)
         out = [z, c]
+        if x is None and (return_first_stage_outputs or return_pictures):
+            x = image_rows.decode_one_by_one(self, self.get_first_stage_encoding(posterior.mode().float()))
         if return_first_stage_outputs:
             out += [x, self.decode_first_stage(z)]
         elif return_pictures:
@@ -777,8 +785,37 @@ class LatentDiffusion(DDPM):
             out.append(xc)
         return out
 
-    def _original_condition(self, batch: Batch, key: str, x: Tensor, bs: int | None) -> Any:
+    @torch.no_grad()
+    def encode_moments(self, pictures: Tensor) -> Tensor:
+        """Encode pictures to what a cache of latents holds: all that training needs of them.
+
+        Args:
+            pictures: (B, H, W, C) in [-1, 1].
+
+        Returns:
+            (B, 2 C', h, w): mean and log-variance of the latents, in the dtype that the first stage computes in.
+
+        Raises:
+            ValueError: this model cannot be trained on these alone; says why.
+        """
+        if self.model.conditioning_key is not None and self.cond_stage_key == self.first_stage_key:
+            raise ValueError(self._needs_pictures())
+        posterior = self.encode_first_stage(DDPM.get_input(self, {"pictures": pictures}, "pictures").to(self.device))
+        if not isinstance(posterior, DiagonalGaussianDistribution):
+            kind = type(self.first_stage_model).__name__
+            raise ValueError(f"its first stage, {kind}, gives no mean and log-variance, which are what a cache holds")
+        return posterior.parameters
+
+    def _cached_posterior(self, batch: Batch, bs: int | None) -> DiagonalGaussianDistribution:
+        return DiagonalGaussianDistribution(batch["moments"][:bs].to(self.device))
+
+    def _needs_pictures(self) -> str:
+        return f"its condition is made from the pictures (model.params.cond_stage_key: {self.cond_stage_key})"
+
+    def _original_condition(self, batch: Batch, key: str, x: Tensor | None, bs: int | None) -> Any:
         if key == self.first_stage_key:
+            if x is None:
+                raise ValueError(f"a batch of cached latents does not do for this model: {self._needs_pictures()}")
             return x
         if key in ("caption", "coordinates_bbox", "txt"):
             return batch[key][:bs]
