@@ -7,6 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pytorch_lightning as pl
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ldm import exposure
 from ldm.checkpoint import load_weights, read_weights
-from ldm.models.keyed_batches import batch_exposures, move_all_but_exposures, move_draw
+from ldm.models.keyed_batches import batch_exposures, count_real, loss_weights, move_draw, move_pictures
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -50,6 +51,30 @@ def _arguments(ddconfig: Mapping[str, Any], half: type[nn.Module]) -> dict[str, 
     """Pick what one half takes: the two share a ddconfig, and each has keys that the other lacks."""
     taken = inspect.signature(half).parameters
     return {str(key): value for key, value in ddconfig.items() if key in taken}
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """A batch's pictures, without its fillers; or the fillers, where there is nothing else.
+
+    Attributes:
+        x: (n, C, H, W) in [-1, 1].
+        exposures: int64 (n, 4).
+        weights: (n,) how much each counts; None where each counts 1.
+        rows: pictures of the batch, fillers included.
+        real: how many are no fillers: n, or 0; see :func:`~ldm.models.keyed_batches.count_real`.
+    """
+
+    x: Tensor
+    exposures: Tensor
+    weights: Tensor | None
+    rows: int
+    real: float
+
+
+def _weighing(loss_weight: Tensor | None) -> dict[str, Tensor]:
+    """Word the pictures' weights as a loss's argument; losses of CompVis' signature do without where all are 1."""
+    return {} if loss_weight is None else {"loss_weight": loss_weight}
 
 
 def _uncounted() -> None:
@@ -140,9 +165,15 @@ class _Autoencoder(pl.LightningModule, ABC):
 
     @abstractmethod
     def compute_loss(
-        self, x: Tensor, reconstructed: tuple[Any, ...], optimizer_idx: int, step: int, split: str
+        self,
+        x: Tensor,
+        reconstructed: tuple[Any, ...],
+        optimizer_idx: int,
+        step: int,
+        split: str,
+        loss_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Call the loss on what :meth:`reconstruct` returned."""
+        """Call the loss on what :meth:`reconstruct` returned; ``loss_weight`` (B,) is how much each picture counts."""
 
     # --- Lightning -----------------------------------------------------------------------------------------
 
@@ -152,17 +183,34 @@ class _Autoencoder(pl.LightningModule, ABC):
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch to the device, but for its exposure keys: fetching those back would wait for the device."""
+        """Move a batch to the device, but for what is needed on the CPU."""
         move = super().transfer_batch_to_device
-        return move_all_but_exposures(batch, lambda rest: move(rest, device, dataloader_idx))
+        return move_pictures(batch, lambda rest: move(rest, device, dataloader_idx))
+
+    def _pictures(self, batch: Batch, batch_idx: int) -> _Pictures:
+        """Take a batch's pictures without its fillers, which no loss then has to tell from the others."""
+        x, exposures = self.get_input(batch, self.image_key), self._exposures(batch, batch_idx)
+        weights = loss_weights(batch, len(x))
+        count = count_real(weights, len(x))
+        if weights is None or count == 0:
+            return _Pictures(x, exposures, None, len(x), count)
+        real = weights > 0
+        weights = weights[real]
+        return _Pictures(
+            x=x[real.to(x.device)],
+            exposures=exposures[real],
+            weights=None if bool((weights == 1).all()) else move_draw(weights, x.device),
+            rows=len(x),
+            real=count,
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Train the autoencoder, then the discriminator, on a batch.
 
-        Gradients are gathered over ``accumulate_grad_batches`` batches for both.
+        Gradients are gathered over ``accumulate_grad_batches`` batches for both. Fillers count nothing, and are
+        not logged: each loss is the sum of the pictures' weighted losses over all rows of the batch.
         """
-        x = self.get_input(batch, self.image_key)
-        exposures = self._exposures(batch, batch_idx)
+        pictures = self._pictures(batch, batch_idx)
         accumulate = self.trainer.accumulate_grad_batches
         steps = (batch_idx + 1) % accumulate == 0 or self.trainer.is_last_batch
         before = self.global_step
@@ -174,11 +222,14 @@ class _Autoencoder(pl.LightningModule, ABC):
             optimizer = optimizers[number]
             self.toggle_optimizer(optimizer)
             with torch.set_grad_enabled(number == AUTOENCODER):
-                reconstructed = self.reconstruct(x, exposures, POSTERIOR_DRAWS[number])
-            loss, logged = self.compute_loss(x, reconstructed, number, before, "train")
+                reconstructed = self.reconstruct(pictures.x, pictures.exposures, POSTERIOR_DRAWS[number])
+            loss, logged = self.compute_loss(pictures.x, reconstructed, number, before, "train", pictures.weights)
+            if pictures.real:
+                shown = {name: loss.detach().clone()}
+                self.log_dict(shown, on_step=True, on_epoch=True, batch_size=pictures.real)  # type: ignore[arg-type]
+                self.log_dict(logged, on_step=True, on_epoch=False, batch_size=pictures.real)  # type: ignore[arg-type]
+            loss = loss * (pictures.real / pictures.rows)
             losses.append(loss.detach().clone())
-            self.log(name, losses[number], on_step=True, on_epoch=True, batch_size=len(x))
-            self.log_dict(logged, on_step=True, on_epoch=False, batch_size=len(x))
             self.manual_backward(loss / accumulate)
             if steps:
                 optimizer.step()
@@ -213,18 +264,19 @@ class _Autoencoder(pl.LightningModule, ABC):
         self._log_evaluation(batch, batch_idx, "test")
 
     def _log_evaluation(self, batch: Batch, batch_idx: int, split: str) -> None:
-        x = self.get_input(batch, self.image_key)
-        exposures = self._exposures(batch, batch_idx)
-        figures = self._evaluate(x, exposures, split)
+        pictures = self._pictures(batch, batch_idx)
+        figures = self._evaluate(pictures, split)
         if self.use_ema:
             with self.ema_scope():
-                figures |= self._evaluate(x, exposures, f"{split}_ema")
-        self.log_dict(figures, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
+                figures |= self._evaluate(pictures, f"{split}_ema")
+        # Fillers too are logged, with a count of 0: the devices average together, so each has to know every name.
+        self.log_dict(figures, on_step=False, on_epoch=True, batch_size=pictures.real, sync_dist=True)  # type: ignore[arg-type]
 
-    def _evaluate(self, x: Tensor, exposures: Tensor, split: str) -> dict[str, Tensor]:
-        reconstructed = self.reconstruct(x, exposures, POSTERIOR_DRAWS[AUTOENCODER])
-        loss, figures = self.compute_loss(x, reconstructed, AUTOENCODER, self.global_step, split)
-        _, judged = self.compute_loss(x, reconstructed, DISCRIMINATOR, self.global_step, split)
+    def _evaluate(self, pictures: _Pictures, split: str) -> dict[str, Tensor]:
+        reconstructed = self.reconstruct(pictures.x, pictures.exposures, POSTERIOR_DRAWS[AUTOENCODER])
+        arguments = (self.global_step, split, pictures.weights)
+        loss, figures = self.compute_loss(pictures.x, reconstructed, AUTOENCODER, *arguments)
+        _, judged = self.compute_loss(pictures.x, reconstructed, DISCRIMINATOR, *arguments)
         return {**figures, **judged, f"{split}/aeloss": loss}
 
     @contextmanager
@@ -353,12 +405,25 @@ class AutoencoderKL(_Autoencoder):
         return self.decode(posterior.sample(noise.to(posterior.mean.dtype))), posterior
 
     def compute_loss(
-        self, x: Tensor, reconstructed: tuple[Any, ...], optimizer_idx: int, step: int, split: str
+        self,
+        x: Tensor,
+        reconstructed: tuple[Any, ...],
+        optimizer_idx: int,
+        step: int,
+        split: str,
+        loss_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Call the loss on what :meth:`reconstruct` returned."""
+        """Call the loss on what :meth:`reconstruct` returned; see the base class."""
         reconstructions, posterior = reconstructed
         return self.loss(
-            x, reconstructions, posterior, optimizer_idx, step, last_layer=self.get_last_layer(), split=split
+            x,
+            reconstructions,
+            posterior,
+            optimizer_idx,
+            step,
+            last_layer=self.get_last_layer(),
+            split=split,
+            **_weighing(loss_weight),
         )
 
     @torch.no_grad()
@@ -503,9 +568,15 @@ class VQModel(_Autoencoder):
         return self(x, return_pred_indices=True)
 
     def compute_loss(
-        self, x: Tensor, reconstructed: tuple[Any, ...], optimizer_idx: int, step: int, split: str
+        self,
+        x: Tensor,
+        reconstructed: tuple[Any, ...],
+        optimizer_idx: int,
+        step: int,
+        split: str,
+        loss_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Call the loss on what :meth:`reconstruct` returned."""
+        """Call the loss on what :meth:`reconstruct` returned; see the base class."""
         reconstructions, codebook_loss, indices = reconstructed
         return self.loss(
             codebook_loss,
@@ -516,6 +587,7 @@ class VQModel(_Autoencoder):
             last_layer=self.get_last_layer(),
             split=split,
             predicted_indices=indices,
+            **_weighing(loss_weight),
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

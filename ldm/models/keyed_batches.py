@@ -1,15 +1,18 @@
-"""What a model's random draws for a batch hang on, and how they reach the device."""
+"""What a batch says of its pictures beside the pictures: the keys of their draws, and how much they count."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ldm import exposure
+
+STAYS_ON_CPU: Final = ("exposure", "loss_weight")
+"""What is needed on the CPU: fetching it back would wait for the device."""
 
 
 def batch_exposures(
@@ -40,17 +43,58 @@ def move_draw(draw: Tensor, device: torch.device) -> Tensor:
     return draw.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draw.to(device)
 
 
-def move_all_but_exposures(batch: Any, move: Callable[[Any], Any]) -> Any:
-    """Move a batch, but leave its exposure keys on the CPU: fetching those back would wait for the device.
+def move_pictures(batch: Any, move: Callable[[Any], Any]) -> Any:
+    """Move a batch, but leave on the CPU what is needed there: see :data:`STAYS_ON_CPU`.
 
     Args:
-        batch: the batch; one without exposure keys, or of another kind, is moved whole.
+        batch: the batch; one that has none of these, or is of another kind, is moved whole.
         move: moves a batch.
 
     Returns:
         The moved batch.
     """
-    if not isinstance(batch, Mapping) or "exposure" not in batch:
+    if not isinstance(batch, Mapping) or not any(name in batch for name in STAYS_ON_CPU):
         return move(batch)
-    moved = move({name: value for name, value in batch.items() if name != "exposure"})
-    return {**moved, "exposure": batch["exposure"]}
+    staying = {name: batch[name] for name in STAYS_ON_CPU if name in batch}
+    moved = move({name: value for name, value in batch.items() if name not in staying})
+    return {**moved, **staying}
+
+
+def loss_weights(batch: Mapping[str, Any], rows: int) -> Tensor | None:
+    """Read how much each picture of a batch counts in its loss.
+
+    Args:
+        batch: the batch; ``loss_weight`` (B,) is taken from it where it is there. 0 marks a filler, which only keeps a
+            device busy.
+        rows: its pictures B, fillers included.
+
+    Returns:
+        float32 (B,) on the CPU; None where each picture counts 1.
+
+    Raises:
+        ValueError: there is not one weight a picture, or one is negative or no number.
+    """
+    if batch.get("loss_weight") is None:
+        return None
+    weights = torch.as_tensor(batch["loss_weight"], dtype=torch.float32).cpu()
+    if weights.shape != (rows,):
+        raise ValueError(
+            f"loss_weight of a batch has shape {tuple(weights.shape)}; give one weight a picture, shape ({rows},)"
+        )
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError(f"loss_weight of a batch is {weights.tolist()}; each must be a number of at least 0")
+    return None if bool((weights == 1).all()) else weights
+
+
+def count_real(weights: Tensor | None, rows: int) -> float:
+    """Count the pictures of a batch that are no fillers, for Lightning's ``log``.
+
+    Args:
+        weights: from :func:`loss_weights`.
+        rows: pictures of the batch, fillers included.
+
+    Returns:
+        The count. Lightning averages counts over the devices, and cuts off what follows the point of a whole number's
+        average; so it gets no whole number.
+    """
+    return float(rows if weights is None else weights.count_nonzero())

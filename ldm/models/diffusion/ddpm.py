@@ -20,7 +20,7 @@ from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion import ancestral, gaussian_diffusion, image_rows, loss
 from ldm.models.diffusion.conditioning import CONDITIONING_KEYS, Condition, as_arguments
 from ldm.models.diffusion.noise_schedule import build_noise_schedule, condition_timesteps
-from ldm.models.keyed_batches import batch_exposures, move_all_but_exposures, move_draw
+from ldm.models.keyed_batches import batch_exposures, count_real, loss_weights, move_draw, move_pictures
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config, mean_flat
@@ -362,6 +362,7 @@ class DDPM(pl.LightningModule):
         t: Tensor,
         noise: Tensor | None = None,
         shown_noise: Tensor | None = None,
+        loss_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the training loss at given timesteps.
 
@@ -371,9 +372,12 @@ class DDPM(pl.LightningModule):
             t: int64 (B,).
             noise: standard normals of x_start's shape; drawn if None.
             shown_noise: what the network's input is noised with, where that shall differ from the target's noise.
+            loss_weight: (B,) how much each picture counts, 0 for a filler; 1 if None.
 
         Returns:
-            The loss, and what to log: ``loss_simple``, ``loss_vlb``, ``loss`` under ``train/`` or ``val/``.
+            The loss, which is the sum of the pictures' weighted losses over B, and what to log: ``loss_simple``,
+            ``loss_vlb``, ``loss`` under ``train/`` or ``val/``, which are means over the pictures that are no fillers;
+            of these ``loss`` alone is weighted.
 
         Reference:
             Ho et al. 2020, arXiv 2006.11239, algorithm 1; Rombach et al. 2022, arXiv 2112.10752, eq. 3.
@@ -390,7 +394,8 @@ class DDPM(pl.LightningModule):
             self.lvlb_weights[t],
             self.l_simple_weight,
             self.original_elbo_weight,
-            self._loss_weights(t),
+            self._timestep_weights(t),
+            loss_weight,
         )
         prefix = "train" if self.training else "val"
         logged = {f"{prefix}/loss_simple": parts.loss_simple.detach()}
@@ -398,10 +403,10 @@ class DDPM(pl.LightningModule):
             logged[f"{prefix}/loss_gamma"] = parts.loss_gamma.detach()
             logged["logvar"] = self.logvar.detach().mean()
         logged[f"{prefix}/loss_vlb"] = parts.loss_vlb.detach()
-        logged[f"{prefix}/loss"] = parts.loss.detach()
+        logged[f"{prefix}/loss"] = parts.loss_shown.detach()
         return parts.loss, logged
 
-    def _loss_weights(self, t: Tensor) -> Tensor | float:
+    def _timestep_weights(self, t: Tensor) -> Tensor | float:
         """Give the weight of the simple loss at each timestep."""
         if self.min_snr_gamma is not None:
             return loss.min_snr_weights(self.alphas_cumprod[t], self.min_snr_gamma, self.parameterization)
@@ -412,15 +417,18 @@ class DDPM(pl.LightningModule):
     def _random_timesteps(self, x: Tensor) -> Tensor:
         return torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device).long()
 
-    def forward(self, x: Tensor, exposures: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of clean samples at random timesteps; see :meth:`p_losses`.
+    def forward(
+        self, x: Tensor, exposures: Tensor | None = None, loss_weight: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of clean samples at random timesteps; see :meth:`losses`.
 
         Args:
             x: (B, C, H, W).
             exposures: int64 (B, 4): what timesteps and noise are drawn from; torch's generators if None.
+            loss_weight: (B,) how much each picture counts; 1 if None.
         """
         t = self._draw_timesteps(x, exposures)
-        return self.losses(x, None, t, *self._draw_noise(x, exposures))
+        return self.losses(x, None, t, *self._draw_noise(x, exposures), loss_weight=loss_weight)
 
     def _draw_timesteps(self, x: Tensor, exposures: Tensor | None) -> Tensor:
         if exposures is None:
@@ -453,7 +461,13 @@ class DDPM(pl.LightningModule):
 
     def shared_step(self, batch: Batch, exposures: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute a batch's loss and what to log."""
-        return self(self.get_input(batch, self.first_stage_key), exposures)
+        x = self.get_input(batch, self.first_stage_key)
+        return self(x, exposures, loss_weight=self._loss_weight(batch, x))
+
+    def _loss_weight(self, batch: Batch, x: Tensor) -> Tensor | None:
+        """Give how much each picture counts, on x's device; None where each counts 1."""
+        weights = loss_weights(batch, len(x))
+        return None if weights is None else move_draw(weights, x.device)
 
     # --- Lightning -----------------------------------------------------------------------------------------
 
@@ -464,15 +478,17 @@ class DDPM(pl.LightningModule):
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch to the device, but for its exposure keys: fetching those back would wait for the device."""
+        """Move a batch to the device, but for what is needed on the CPU."""
         move = super().transfer_batch_to_device
-        return move_all_but_exposures(batch, lambda rest: move(rest, device, dataloader_idx))
+        return move_pictures(batch, lambda rest: move(rest, device, dataloader_idx))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute and log a batch's loss."""
-        value, logged = self.shared_step(batch, self._exposures(batch, batch_idx))
-        size = len(batch[self.first_stage_key])
-        self.log_dict(logged, logger=True, on_step=True, on_epoch=True, batch_size=size)
+        """Compute and log a batch's loss; a batch of fillers has none to log."""
+        exposures = self._exposures(batch, batch_idx)
+        value, logged = self.shared_step(batch, exposures)
+        real = count_real(loss_weights(batch, len(exposures)), len(exposures))
+        if real:
+            self.log_dict(logged, logger=True, on_step=True, on_epoch=True, batch_size=real)  # type: ignore[arg-type]
         self.log("global_step", float(self.global_step), logger=True, on_step=True, on_epoch=False)
         return value
 
@@ -495,8 +511,9 @@ class DDPM(pl.LightningModule):
                 _, averaged = self.shared_step(batch, exposures)
         named = {key.replace("val/", f"{prefix}/"): value for key, value in live.items()}
         named |= {key.replace("val/", f"{prefix}/") + "_ema": value for key, value in averaged.items()}
-        size = len(batch[self.first_stage_key])
-        self.log_dict(named, logger=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        # Fillers too are logged, with a count of 0: the devices average together, so each has to know every name.
+        real = count_real(loss_weights(batch, len(exposures)), len(exposures))
+        self.log_dict(named, logger=True, on_step=False, on_epoch=True, batch_size=real, sync_dist=True)  # type: ignore[arg-type]
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
@@ -935,24 +952,29 @@ class LatentDiffusion(DDPM):
     def shared_step(self, batch: Batch, exposures: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute a batch's loss and what to log."""
         z, c = self.get_input(batch, self.first_stage_key, exposures=exposures)
-        return self(z, c, exposures)
+        return self(z, c, exposures, loss_weight=self._loss_weight(batch, z))
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, c: Condition = None, exposures: Tensor | None = None
+        self,
+        x: Tensor,
+        c: Condition = None,
+        exposures: Tensor | None = None,
+        loss_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of latents at random timesteps; see :meth:`p_losses`.
+        """Compute the loss of latents at random timesteps; see :meth:`losses`.
 
         Args:
             x: (B, C, h, w) scaled latents.
             c: the condition; not yet encoded where its encoder is trained.
             exposures: int64 (B, 4): what timesteps and noise are drawn from; torch's generators if None.
+            loss_weight: (B,) how much each picture counts; 1 if None.
         """
         t = self._draw_timesteps(x, exposures)
         if self.model.conditioning_key is not None:
             if self.cond_stage_trainable:
                 c = self.get_learned_conditioning(c)
             c = self.noised_condition(c, t, exposures)
-        return self.losses(x, c, t, *self._draw_noise(x, exposures))
+        return self.losses(x, c, t, *self._draw_noise(x, exposures), loss_weight=loss_weight)
 
     def noised_condition(self, cond: Condition, t: Tensor, exposures: Tensor | None = None) -> Condition:
         """Noise the condition to the timestep that ``num_timesteps_cond`` assigns to each t."""
@@ -999,10 +1021,16 @@ class LatentDiffusion(DDPM):
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure the latents' scale on the very first batch, where ``scale_by_std`` asks for it."""
+        """Measure the latents' scale on the very first batch, where ``scale_by_std`` asks for it.
+
+        Fillers repeat other devices' pictures and are left out, unless there is nothing else.
+        """
         first = self.global_step == 0 and self.current_epoch == 0 and batch_idx == 0
         if not first or not isinstance(self.scale_factor, Tensor) or float(self.scale_factor) != 1.0:
             return  # a factor that is there already came with the weights
         exposures = self._exposures(batch, batch_idx) if "exposure" in batch else None
         z = self.get_input(batch, self.first_stage_key, exposures=exposures)[0]
+        weights = loss_weights(batch, len(z))
+        if weights is not None and weights.any():
+            z = z[(weights > 0).to(z.device)]
         self.scale_factor.copy_(1.0 / z.flatten().std())

@@ -169,12 +169,14 @@ class LossParts:
 
     Attributes:
         loss: what is minimised.
+        loss_shown: the same, divided by the pictures that are no fillers.
         loss_simple: mean error, unweighted.
         loss_vlb: mean error under the variational bound's weights.
         loss_gamma: mean error under the learned log-variance.
     """
 
     loss: Tensor
+    loss_shown: Tensor
     loss_simple: Tensor
     loss_vlb: Tensor
     loss_gamma: Tensor
@@ -187,10 +189,14 @@ def combine(
     l_simple_weight: float = 1.0,
     original_elbo_weight: float = 0.0,
     weights: Tensor | float = 1.0,
+    loss_weight: Tensor | None = None,
 ) -> LossParts:
     """Combine the errors of a batch to its loss.
 
-    loss = l_simple_weight * mean(w L / exp(logvar) + logvar) + original_elbo_weight * mean(vlb_weights * L).
+    loss = mean(p (l_simple_weight * (w L / exp(logvar) + logvar) + original_elbo_weight * vlb_weights * L)).
+
+    The other parts are means over the pictures that are no fillers, and leave p out: so they can be compared between
+    runs that weigh their folders otherwise.
 
     Args:
         errors: (B,) mean error L of each picture.
@@ -199,6 +205,7 @@ def combine(
         l_simple_weight: weight of the simple term.
         original_elbo_weight: weight of the variational term.
         weights: (B,) weight w of the simple term at each picture's timestep.
+        loss_weight: (B,) weight p of each picture, 0 for a filler; 1 if None.
 
     Returns:
         The loss and its parts.
@@ -206,11 +213,19 @@ def combine(
     Reference:
         Ho et al. 2020, arXiv 2006.11239, eq. 12 and 14; Rombach et al. 2022, arXiv 2112.10752, eq. 2.
     """
-    loss_gamma = (weights * errors / torch.exp(logvar) + logvar).mean()
-    loss_vlb = (vlb_weights * errors).mean()
+    each_gamma = weights * errors / torch.exp(logvar) + logvar
+    each_vlb = vlb_weights * errors
+    if loss_weight is None:
+        loss_weight = torch.ones_like(errors)
+    real = (loss_weight > 0).to(errors.dtype)
+    # A factor behind the mean, not a sum over a count: it is exactly 1 where all are real. A batch of fillers gives 0.
+    rows_to_real = len(errors) / real.sum().clamp(min=1.0)
+    gamma, vlb = (loss_weight * each_gamma).mean(), (loss_weight * each_vlb).mean()
+    loss = l_simple_weight * gamma + original_elbo_weight * vlb
     return LossParts(
-        loss=l_simple_weight * loss_gamma + original_elbo_weight * loss_vlb,
-        loss_simple=errors.mean(),
-        loss_vlb=loss_vlb,
-        loss_gamma=loss_gamma,
+        loss=loss,
+        loss_shown=loss * rows_to_real,
+        loss_simple=(real * errors).mean() * rows_to_real,
+        loss_vlb=(real * each_vlb).mean() * rows_to_real,
+        loss_gamma=(real * each_gamma).mean() * rows_to_real,
     )

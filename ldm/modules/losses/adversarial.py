@@ -113,17 +113,28 @@ class AdversarialLoss(nn.Module):
             raise ValueError(f"disc_conditional is {self.disc_conditional}, and the loss is called {given} cond")
         return self.discriminator(pictures if cond is None else torch.cat((pictures, cond), dim=1))
 
-    def generator_loss(self, reconstructions: Tensor, cond: Tensor | None) -> Tensor:
-        """Give the generator's adversarial loss: minus the mean logit of its pictures."""
-        return -self.judge(reconstructions.contiguous(), cond).mean()
+    def generator_loss(self, reconstructions: Tensor, cond: Tensor | None, loss_weight: Tensor | None = None) -> Tensor:
+        """Give the generator's adversarial loss: minus the mean logit of its pictures, each by its weight (B,)."""
+        return -weighted(self.judge(reconstructions.contiguous(), cond), loss_weight).mean()
 
     def discriminator_step(
-        self, inputs: Tensor, reconstructions: Tensor, global_step: int, cond: Tensor | None, split: str
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        global_step: int,
+        cond: Tensor | None,
+        split: str,
+        loss_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the discriminator's loss on real pictures and reconstructions, and what to log."""
         logits_real = self.judge(inputs.detach().contiguous(), cond)
         logits_fake = self.judge(reconstructions.detach().contiguous(), cond)
-        loss: Tensor = self.factor_at(global_step) * self.disc_loss(logits_real, logits_fake)
+        if loss_weight is None:
+            judgement = self.disc_loss(logits_real, logits_fake)
+        else:
+            singly = [self.disc_loss(*pair) for pair in zip(logits_real, logits_fake, strict=True)]
+            judgement = (loss_weight * torch.stack(singly)).mean()
+        loss: Tensor = self.factor_at(global_step) * judgement
         return loss, named(
             split,
             disc_loss=loss.detach().clone(),
@@ -148,6 +159,11 @@ def _gradient(value: Tensor, weights: Tensor | None) -> Tensor | None:
     if weights is None or not (value.requires_grad and weights.requires_grad):
         return None
     return torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)[0]
+
+
+def weighted(values: Tensor, loss_weight: Tensor | None) -> Tensor:
+    """Weigh what belongs to pictures (B, ...) by a weight each (B,); None leaves it as it is."""
+    return values if loss_weight is None else values * loss_weight.reshape(-1, *([1] * (values.ndim - 1)))
 
 
 def named(split: str, **figures: Any) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.losses.adversarial import AdversarialLoss, named
+from ldm.modules.losses.adversarial import AdversarialLoss, named, weighted
 
 
 class LPIPSWithDiscriminator(AdversarialLoss):
@@ -67,6 +67,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         cond: Tensor | None = None,
         split: str = "train",
         weights: Tensor | float | None = None,
+        loss_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of the autoencoder or of the discriminator.
 
@@ -80,27 +81,34 @@ class LPIPSWithDiscriminator(AdversarialLoss):
             cond: condition (B, C', H, W) for a conditional discriminator.
             split: prefix of the logged names.
             weights: weights of the pictures' likelihoods: (B,), or what broadcasts against (B, C, H, W).
+            loss_weight: (B,) weights of the pictures in every term; 1 if None.
 
         Returns:
-            The scalar loss (summed over pixels and channels, averaged over pictures), and what to log.
+            The scalar loss (summed over pixels and channels, averaged over pictures), and what to log; of that the
+            totals and adversarial losses alone are weighted.
         """
         if optimizer_idx == 1:
-            return self.discriminator_step(inputs, reconstructions, global_step, cond, split)
+            return self.discriminator_step(inputs, reconstructions, global_step, cond, split, loss_weight)
         error = torch.abs(inputs.contiguous() - reconstructions.contiguous())
         error, _ = self.reconstruction_error(error, inputs, reconstructions)
         each_nll = error / torch.exp(self.logvar) + self.logvar
         nll = each_nll.sum() / len(inputs)
         if isinstance(weights, Tensor) and weights.ndim == 1:
             weights = weights.reshape(-1, 1, 1, 1)
-        weighted_nll = nll if weights is None else (weights * each_nll).sum() / len(inputs)
-        kl = posteriors.kl().sum() / len(inputs)
-        g_loss = self.generator_loss(reconstructions, cond)
+        counted_nll = nll if loss_weight is None else weighted(each_nll, loss_weight).sum() / len(inputs)
+        weighted_nll = counted_nll
+        if weights is not None:
+            weighted_nll = (weights * weighted(each_nll, loss_weight)).sum() / len(inputs)
+        each_kl = posteriors.kl()
+        kl = each_kl.sum() / len(inputs)
+        counted_kl = kl if loss_weight is None else (loss_weight * each_kl).sum() / len(inputs)
+        g_loss = self.generator_loss(reconstructions, cond, loss_weight)
         if self.disc_factor > 0:
-            weight = self.calculate_adaptive_weight(nll, g_loss, last_layer)
+            weight = self.calculate_adaptive_weight(counted_nll, g_loss, last_layer)
         else:
             weight = torch.zeros((), device=nll.device)
         factor = self.factor_at(global_step)
-        loss = weighted_nll + self.kl_weight * kl + weight * factor * g_loss
+        loss = weighted_nll + self.kl_weight * counted_kl + weight * factor * g_loss
         return loss, named(
             split,
             # A copy: gradient accumulation may scale the loss in place.

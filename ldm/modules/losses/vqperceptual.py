@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.modules.losses.adversarial import AdversarialLoss, named
+from ldm.modules.losses.adversarial import AdversarialLoss, named, weighted
 
 
 def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> tuple[Tensor, Tensor]:
@@ -97,6 +97,7 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         cond: Tensor | None = None,
         split: str = "train",
         predicted_indices: Tensor | None = None,
+        loss_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of the autoencoder or of the discriminator.
 
@@ -110,21 +111,27 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
             cond: condition (B, C', H, W) for a conditional discriminator.
             split: prefix of the logged names.
             predicted_indices: int64 codes, for the log of the codebook's use.
+            loss_weight: (B,) weights of the pictures in every term; 1 if None. The quantiser gives one number for the
+                batch, which is weighed by their mean.
 
         Returns:
-            The scalar loss (averaged over pixels, channels and pictures), and what to log.
+            The scalar loss (averaged over pixels, channels and pictures), and what to log; of that the totals and
+            adversarial losses alone are weighted.
         """
         if optimizer_idx == 1:
-            return self.discriminator_step(inputs, reconstructions, global_step, cond, split)
+            return self.discriminator_step(inputs, reconstructions, global_step, cond, split, loss_weight)
         codebook = torch.zeros((), device=inputs.device) if codebook_loss is None else codebook_loss.mean()
         difference = inputs.contiguous() - reconstructions.contiguous()
         error = difference.abs() if self.pixel_loss == "l1" else difference.square()
         error, distance = self.reconstruction_error(error, inputs, reconstructions)
         nll = error.mean()
-        g_loss = self.generator_loss(reconstructions, cond)
-        weight = self.calculate_adaptive_weight(nll, g_loss, last_layer)
+        counted_nll, counted_codebook = nll, codebook
+        if loss_weight is not None:
+            counted_nll, counted_codebook = weighted(error, loss_weight).mean(), codebook * loss_weight.mean()
+        g_loss = self.generator_loss(reconstructions, cond, loss_weight)
+        weight = self.calculate_adaptive_weight(counted_nll, g_loss, last_layer)
         factor = self.factor_at(global_step)
-        loss = nll + weight * factor * g_loss + self.codebook_weight * codebook
+        loss = counted_nll + weight * factor * g_loss + self.codebook_weight * counted_codebook
         logged = named(
             split,
             # A copy: gradient accumulation may scale the loss in place.

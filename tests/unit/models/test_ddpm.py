@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from tests.unit.models.small import (
@@ -419,3 +420,117 @@ def test_gradients_are_freed_after_the_step(trained):
 def test_training_changes_every_weight_of_the_network(trained):
     model, _, before = trained
     assert not any(torch.equal(old, new) for old, new in zip(before, model.model.parameters(), strict=True))
+
+
+def gradients(model, batch):
+    """The loss, what is logged, and each parameter's gradient."""
+    model.zero_grad()
+    loss, logged = model.shared_step(batch, batch["exposure"])
+    loss.backward()
+    return loss.item(), logged, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def weighted_batch(*weights):
+    return picture_batch(len(weights)) | {"loss_weight": torch.tensor(weights)}
+
+
+def first_rows(batch, count):
+    return {key: value[:count] for key, value in batch.items()}
+
+
+def test_weights_of_one_change_no_bit():
+    model = build_text_model(learn_logvar=True, original_elbo_weight=0.1)
+    plain, ones = gradients(model, picture_batch(3)), gradients(model, weighted_batch(1.0, 1.0, 1.0))
+    assert plain[:2] == ones[:2]
+    assert all(torch.equal(a, b) for a, b in zip(plain[2], ones[2], strict=True))
+
+
+def test_fillers_count_only_as_rows():
+    model = build_text_model(learn_logvar=True, original_elbo_weight=0.1, min_snr_gamma=5.0)
+    filled = gradients(model, weighted_batch(1.0, 1.0, 0.0))
+    alone = gradients(model, first_rows(picture_batch(3), 2))
+    assert filled[0] * 3 == pytest.approx(alone[0] * 2, rel=1e-5)
+    assert {name: value.item() for name, value in filled[1].items()} == pytest.approx(
+        {name: value.item() for name, value in alone[1].items()}, rel=1e-5
+    )
+    # The scale of both is some 1e-2; a gradient of 0 is rounding noise.
+    assert all(torch.allclose(a * 3, b * 2, rtol=1e-4, atol=1e-6) for a, b in zip(filled[2], alone[2], strict=True))
+
+
+def test_a_batch_of_fillers_leaves_gradients_of_zero():
+    loss, logged, grads = gradients(build_text_model(), weighted_batch(0.0, 0.0))
+    assert loss == 0.0
+    assert all(torch.isfinite(value) for value in logged.values())
+    assert grads
+    assert not any(grad.any() for grad in grads)
+
+
+def test_a_pictures_weight_scales_its_part_of_the_loss(model):
+    batch = weighted_batch(2.0, 0.5)
+    parts = [
+        model.shared_step(batch | {"loss_weight": torch.tensor(only)}, batch["exposure"])[0].item()
+        for only in ([1.0, 0.0], [0.0, 1.0])
+    ]
+    assert model.shared_step(batch, batch["exposure"])[0].item() == pytest.approx(2.0 * parts[0] + 0.5 * parts[1])
+
+
+def test_the_pixel_model_follows_weights_too():
+    model = build_pixel_model()
+    batch = weighted_batch(1.0, 1.0, 0.0)
+    alone = first_rows(picture_batch(3), 2)
+    filled = model.shared_step(batch, batch["exposure"])[0].item()
+    assert filled * 3 == pytest.approx(2 * model.shared_step(alone, alone["exposure"])[0].item(), rel=1e-5)
+
+
+def test_fillers_are_left_out_of_the_scale():
+    factors = []
+    for batch in (weighted_batch(1.0, 1.0, 0.0), first_rows(picture_batch(3), 2), picture_batch(3)):
+        scaled = build_text_model(scale_by_std=True)
+        scaled._trainer = type("Trainer", (), {"global_step": 0, "current_epoch": 0, "global_rank": 0})()
+        scaled.on_train_batch_start(batch, 0)
+        factors.append(scaled.scale_factor.item())
+    assert factors[0] == pytest.approx(factors[1], rel=1e-5)
+    assert factors[0] != pytest.approx(factors[2], rel=1e-5)
+
+
+class BesideAnIdleDevice(SingleDeviceStrategy):
+    """One of two devices, where the other has had nothing but fillers; averages as Lightning does."""
+
+    def reduce(self, tensor, group=None, reduce_op="mean"):
+        half = tensor / 2
+        return tensor.copy_(half) if tensor.is_floating_point() else tensor.copy_(half.to(tensor.dtype))
+
+
+def measured(model, monkeypatch, *batches):
+    connector = "pytorch_lightning.trainer.connectors.accelerator_connector._AcceleratorConnector"
+    monkeypatch.setattr(f"{connector}.is_distributed", True)
+    trainer = pl.Trainer(
+        strategy=BesideAnIdleDevice("cpu"),
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    return trainer.validate(model, torch.utils.data.DataLoader(list(batches), batch_size=None), verbose=False)[0]
+
+
+def test_what_is_validated_is_the_mean_over_real_pictures_of_all_devices(monkeypatch):
+    model = build_text_model()
+    filled = measured(model, monkeypatch, weighted_batch(1.0, 1.0, 0.0), weighted_batch(0.0), weighted_batch(1.0))
+    alone = (first_rows(picture_batch(3), 2), picture_batch(1))
+    singly = [model.eval().shared_step(batch, batch["exposure"])[1] for batch in alone]
+    expected = (2 * singly[0]["val/loss_simple"].item() + singly[1]["val/loss_simple"].item()) / 3
+    assert filled["val/loss_simple"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_training_epoch_logs_the_mean_over_real_pictures():
+    model = build_text_model()
+    batches = [weighted_batch(1.0, 1.0, 0.0), weighted_batch(0.0), weighted_batch(1.0)]
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))  # at a learning rate of 0
+    alone = (first_rows(picture_batch(3), 2), picture_batch(1))
+    singly = [model.train().shared_step(batch, batch["exposure"])[1] for batch in alone]
+    expected = (2 * singly[0]["train/loss"].item() + singly[1]["train/loss"].item()) / 3
+    assert trainer.callback_metrics["train/loss_epoch"].item() == pytest.approx(expected, rel=1e-5)

@@ -117,3 +117,34 @@ def test_perturbed_input_leaves_the_target_alone(monkeypatch):
 def test_contradictory_weightings_are_errors(params, message):
     with pytest.raises(ValueError, match=message):
         build_text_model(**params)
+
+
+def parts_of(loss_weight):
+    generator = torch.Generator().manual_seed(0)
+    errors, logvar, vlb_weights, weights = torch.rand(4, 3, generator=generator)
+    return loss.combine(errors, logvar, vlb_weights, 0.7, 0.3, weights, loss_weight)
+
+
+def test_weights_of_one_leave_every_part_as_it_is():
+    assert parts_of(torch.ones(3)) == parts_of(None)
+
+
+def test_the_loss_is_the_weighted_sum_over_all_rows():
+    singly = [parts_of(torch.eye(3)[row]).loss.item() * 3 for row in range(3)]
+    weighted = parts_of(torch.tensor([2.0, 0.5, 0.0])).loss.item()
+    assert weighted == pytest.approx((2.0 * singly[0] + 0.5 * singly[1]) / 3)
+
+
+def test_figures_are_means_over_the_pictures_that_are_no_fillers():
+    heavy, light = parts_of(torch.tensor([2.0, 2.0, 0.0])), parts_of(torch.tensor([1.0, 1.0, 0.0]))
+    assert heavy.loss_shown.item() == pytest.approx(heavy.loss.item() * 3 / 2)
+    assert heavy.loss_shown.item() == pytest.approx(2 * light.loss_shown.item())
+    for name in ("loss_simple", "loss_vlb", "loss_gamma"):
+        alone = [getattr(parts_of(torch.eye(3)[row]), name).item() for row in range(2)]
+        assert getattr(heavy, name).item() == getattr(light, name).item()
+        assert getattr(heavy, name).item() == pytest.approx(sum(alone) / 2)
+
+
+def test_a_batch_of_fillers_has_figures_of_zero():
+    parts = parts_of(torch.zeros(3))
+    assert [parts.loss, parts.loss_shown, parts.loss_simple, parts.loss_vlb, parts.loss_gamma] == [0.0] * 5
