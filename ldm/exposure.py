@@ -115,3 +115,18 @@ def uniform(purpose: str, exposure: Tensor) -> float:
         A float in [0, 1).
     """
     return float(torch.rand((), generator=keyed_generator(purpose, *exposure.tolist()), dtype=torch.float64))
+
+
+def uniforms(purpose: str, exposure: Tensor, count: int) -> tuple[float, ...]:
+    """Draw several numbers in [0, 1) for one exposure (the two coordinates of a crop).
+
+    Args:
+        purpose: what the draw is for.
+        exposure: int64 (4,).
+        count: how many.
+
+    Returns:
+        Floats in [0, 1).
+    """
+    generator = keyed_generator(purpose, *exposure.tolist())
+    return tuple(torch.rand(count, generator=generator, dtype=torch.float64).tolist())
