@@ -1,14 +1,17 @@
-"""Finds the pictures of a data set: one folder with a single layer of subfolders."""
+"""Finds the captioned pictures of a data set: a folder with a single layer of subfolders, or a deeper tree."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from ldm.data.captions import caption_from_file_name, is_picture_name
+from ldm.data.folder_settings import MULTIPLY_FILE, SETTINGS_FILE, FolderSettings, read_folder_settings
+from ldm.data.sidecars import CAPTION_LISTS, SIDECAR_SUFFIXES, ListedCaption, read_caption_list, read_sidecar
 
 SYSTEM_FILES: Final = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})
 """What file managers leave behind, in lower case, beside the hidden files (those that begin with a dot)."""
@@ -16,8 +19,13 @@ SYSTEM_FILES: Final = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "ico
 NAMED_PER_PROBLEM: Final = 20
 """How many files of one problem an error names, before it gives the number of the others."""
 
+MISNAMED_SETTINGS_FILE: Final = "folder.yml"
 
-@dataclass(frozen=True)
+FOLDER_FILES: Final = frozenset({SETTINGS_FILE, MULTIPLY_FILE, *CAPTION_LISTS})
+"""Files, by their names in lower case, that are about the folder they lie in."""
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
     """One captioned picture of a data set.
 
@@ -25,14 +33,16 @@ class Picture:
         path: where the file lies, beginning with the data root as it was given.
         relative_path: the same below the data root, ``folder/file name`` with a forward slash and in
             Unicode's composed form, so that it is the same text on every machine.
-        folder: the name of its subfolder.
-        caption: from the file name; may be empty.
+        folder: its folder's path below the data root, with forward slashes.
+        caption: what the picture shows; may be empty.
+        caption_source: where the caption stands: ``"txt"``, ``"caption"``, ``"jsonl"`` or ``"file name"``.
     """
 
     path: str
     relative_path: str
     folder: str
     caption: str
+    caption_source: str
 
 
 @dataclass
@@ -41,10 +51,15 @@ class Scan:
 
     Attributes:
         pictures: sorted by folder and file name, whatever order the file system lists them in.
-        folder_counts: pictures in each subfolder, sorted by name; 0 where a folder holds none.
-        left_out: paths below the data root of files that are no pictures, sorted.
+        folder_counts: pictures in each folder, sorted by name; 0 where a folder holds none or is left out.
+        left_out: paths below the data root of files that nothing is made of, sorted.
         hidden: the same for hidden files and folders and for what file managers leave behind.
         problems: what has to be put right before the folder can be trained on, a line each.
+        folder_settings: the settings of each folder of ``folder_counts``.
+        switched_off: number of pictures of each folder that is left out because its ``multiply`` is 0.
+        orphans: paths below the data root of captions without a picture, sorted; one in a list comes as
+            ``man/captions.jsonl line 3: 1.jpg``.
+        warnings: what may not be as it was meant, a line each.
     """
 
     pictures: list[Picture] = field(default_factory=list)
@@ -52,18 +67,29 @@ class Scan:
     left_out: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    folder_settings: dict[str, FolderSettings] = field(default_factory=dict)
+    switched_off: dict[str, int] = field(default_factory=dict)
+    orphans: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def scan_data_root(data_root: str) -> Scan:
-    """Read the file names of one layer of subfolders; no file is opened.
+def scan_data_root(data_root: str, recursive: bool = False, named: int | None = NAMED_PER_PROBLEM) -> Scan:
+    """Find the pictures of a data root, their captions and the settings of their folders; no picture is opened.
+
+    A picture's caption is what stands in its ``.txt`` file, else in its ``.caption`` file, else in the list
+    ``captions.jsonl`` or ``metadata.jsonl`` of its folder, else it is the file name. A source that is there and broken
+    is a problem, never passed over for the next.
 
     Args:
         data_root: folder that holds subfolders of pictures, and nothing else. Subfolders and files may be
-            symbolic links.
+            symbolic links. A folder that can be reached in several ways is read once, under its own name if that lies
+            below the root.
+        recursive: read the subfolders' subfolders too; otherwise pictures there are a problem.
+        named: how many lines of one problem or warning are given before the others are only counted; None gives all.
 
     Returns:
-        What was found, with its problems: a picture in the root or deeper than one layer, a folder that
-        cannot be read, or no picture at all.
+        What was found, with its problems: a picture in the root or deeper than one layer, a folder, caption or setting
+        that cannot be read, or no picture at all.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -78,67 +104,323 @@ def scan_data_root(data_root: str) -> Scan:
         raise NotADirectoryError(
             f"data_root {data_root!r} is a file; give --data_root the folder that holds your subfolders of pictures"
         )
-    scan = Scan()
-    in_root: list[str] = []
-    unprintable: list[str] = []
-    too_deep: list[str] = []
-    folders: list[str] = []
-    for entry in _sorted_entries(data_root, scan):
-        if not _is_text(entry.name):
-            unprintable.append(entry.path)
-        elif _is_hidden(entry.name):
-            scan.hidden.append(entry.name)
-        elif entry.is_dir():
-            folders.append(entry.name)
-        elif is_picture_name(entry.name):
-            in_root.append(entry.name)
+    return _Walk(data_root, recursive, named).scan()
+
+
+@dataclass
+class _Folder:
+    """The files of one folder, by what they are for."""
+
+    path: str
+    name: str
+    pictures: list[str] = field(default_factory=list)
+    sidecars: tuple[dict[str, str], ...] = field(default_factory=lambda: tuple({} for _ in SIDECAR_SUFFIXES))
+    lists: list[str] = field(default_factory=list)
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+class _Walk:
+    """One walk through a data root, and what it gathers."""
+
+    def __init__(self, data_root: str, recursive: bool, named: int | None) -> None:
+        self.data_root = data_root
+        self.recursive = recursive
+        self.named = named
+        self.result = Scan()
+        self.unreadable: list[str] = []
+        self.unprintable: list[str] = []
+        self.in_root: list[str] = []
+        self.lists_in_root: list[str] = []
+        self.too_deep: list[str] = []
+        self.broken: list[str] = []
+        self.link_warnings: list[str] = []
+        self.empty_sidecars: list[str] = []
+        self.idle_settings: list[str] = []
+        self.pictures: dict[str, list[Picture]] = {}
+        self.real_folders: dict[str, str] = {}
+        """Real path of each folder that was read -> the path it was read under."""
+
+    def scan(self) -> Scan:
+        """Walk through all folders, the links to folders last, so that a folder below the root keeps its own name."""
+        folders = [(self.data_root, "")]
+        links: deque[tuple[str, str]] = deque()
+        while folders or links:
+            path, relative_path = folders.pop() if folders else links.popleft()
+            if self.enter(path):
+                subfolders = self.read_folder(path, relative_path)
+                folders += [(entry.path, name) for entry, name in reversed(subfolders) if not entry.is_symlink()]
+                links += [(entry.path, name) for entry, name in subfolders if entry.is_symlink()]
+        return self.conclude()
+
+    def enter(self, path: str) -> bool:
+        """Note a folder as read; False where it has been already, under another name."""
+        real_path = os.path.realpath(path)
+        known = self.real_folders.get(real_path)
+        if known is None:
+            self.real_folders[real_path] = path
+            return True
+        above = os.path.join(os.path.realpath(os.path.dirname(path)), "")
+        if above.startswith(os.path.join(real_path, "")):
+            self.link_warnings.append(f"{path}: is a link in a circle, back to {known}; it is not followed")
         else:
-            scan.left_out.append(entry.name)
+            self.link_warnings.append(f"{path}: is the same folder as {known}; it is read once, under that name")
+        return False
 
-    for folder in folders:
-        before = len(scan.pictures)
-        for entry in _sorted_entries(os.path.join(data_root, folder), scan):
-            relative_path = f"{folder}/{entry.name}"
-            if not _is_text(entry.name):
-                unprintable.append(entry.path)
-            elif _is_hidden(entry.name):
-                scan.hidden.append(relative_path)
-            elif entry.is_dir():
-                too_deep += _pictures_below(entry.path, relative_path, scan)
-            elif is_picture_name(entry.name):
-                scan.pictures.append(
-                    Picture(
-                        path=entry.path,
-                        relative_path=unicodedata.normalize("NFC", relative_path),
-                        folder=folder,
-                        caption=caption_from_file_name(entry.name),
-                    )
-                )
-            else:
-                scan.left_out.append(relative_path)
-        scan.folder_counts[folder] = len(scan.pictures) - before
+    def read_folder(self, path: str, relative_path: str) -> list[tuple[os.DirEntry[str], str]]:
+        """Sort the files of a folder by what they are for, and give its subfolders with their paths below the root."""
+        in_root = not relative_path
+        too_deep = "/" in relative_path and not self.recursive
+        folder = _Folder(path, relative_path)
+        subfolders: list[tuple[os.DirEntry[str], str]] = []
+        prefix = "" if in_root else f"{relative_path}/"
+        for entry in self.sorted_entries(path):
+            name = entry.name
+            if not name.isascii() and not _is_text(name):
+                self.unprintable.append(entry.path)
+            elif _is_hidden(name):
+                self.result.hidden.append(prefix + name)
+            elif self.is_folder(entry):
+                subfolders.append((entry, prefix + name))
+            elif is_picture_name(name):
+                if not self.is_readable(entry):
+                    continue
+                if in_root:
+                    self.in_root.append(name)
+                elif too_deep:
+                    self.too_deep.append(prefix + name)
+                else:
+                    folder.pictures.append(name)
+            elif in_root and name.lower() in FOLDER_FILES:
+                self.lists_in_root.append(entry.path)
+            elif in_root or too_deep or not self.assign(name, folder):
+                self.result.left_out.append(prefix + name)
+        # In a deep tree, folders that only hold folders are no part of the data set.
+        if not in_root and not too_deep and (folder.pictures or not (self.recursive and subfolders)):
+            self.read_pictures(folder)
+        else:
+            self.pass_over(folder)
+        return subfolders
 
-    scan.left_out.sort()
-    scan.hidden.sort()
-    scan.problems += _name_some(
-        unprintable,
-        lambda path: f"{os.fsencode(path).decode('utf-8', 'backslashreplace')}: the name is not UTF-8 text; rename it",
-    )
-    scan.problems += _name_some(
-        in_root, lambda name: f"{os.path.join(data_root, name)}: lies in the data root; move it into a subfolder of it"
-    )
-    scan.problems += _name_some(
-        too_deep,
-        lambda name: (
-            f"{os.path.join(data_root, *name.split('/'))}: lies deeper than one layer of subfolders; "
-            f"move it up into {os.path.join(data_root, name.split('/')[0])}"
-        ),
-    )
-    if not scan.pictures and not scan.problems:
-        scan.problems.append(
-            f"{data_root}: holds no pictures; put .jpg, .jpeg, .png, .webp, .bmp or .jfif files into a subfolder of it"
+    def is_folder(self, entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:
+            self.link_warnings.append(f"{entry.path}: is a link to itself; it leads nowhere")
+            return False
+
+    def is_readable(self, entry: os.DirEntry[str]) -> bool:
+        """Tell whether opening a file can neither block nor fail for what it is; else it is a problem."""
+        try:
+            # A link to nothing is left to whatever reads the pictures, like a file that is cut short.
+            if entry.is_file() or not os.path.exists(entry.path):
+                return True
+            reason = "it is a pipe, a socket or a device"
+        except OSError as error:
+            reason = str(error.strerror)
+        self.unreadable.append(f"{entry.path}: cannot be read ({reason}); remove it")
+        return False
+
+    def assign(self, name: str, folder: _Folder) -> bool:
+        """Note what a file that is no picture is for; False where it is for nothing."""
+        lower = name.lower()
+        path = os.path.join(folder.path, name)
+        if lower in (SETTINGS_FILE, MULTIPLY_FILE):
+            if folder.settings.setdefault(lower, path) != path:
+                self.broken.append(f"{path}: the folder has another {lower}; remove one of them")
+            return True
+        if lower == MISNAMED_SETTINGS_FILE:
+            self.broken.append(f"{path}: has no effect under this name; rename it to {SETTINGS_FILE}")
+            return True
+        if lower in CAPTION_LISTS:
+            folder.lists.append(path)
+            return True
+        for suffix, sidecars in zip(SIDECAR_SUFFIXES, folder.sidecars, strict=True):
+            if lower.endswith(suffix):
+                stem = _composed(name[: -len(suffix)])
+                other = sidecars.setdefault(stem, name)
+                if other != name:
+                    self.broken.append(f"{path}: is for the same pictures as {other}; remove one of them")
+                return True
+        return False
+
+    def pass_over(self, folder: _Folder) -> None:
+        """Tell what lies in a folder of folders to no purpose."""
+        self.idle_settings += folder.settings.values()
+        self.note_orphans(folder, frozenset())
+        for path in folder.lists:
+            self.read_list(folder, path, frozenset())
+
+    def read_pictures(self, folder: _Folder) -> None:
+        """Read the settings and captions of a folder of pictures."""
+        settings, problems = read_folder_settings(
+            folder.settings.get(SETTINGS_FILE), folder.settings.get(MULTIPLY_FILE)
         )
-    return scan
+        self.broken += problems
+        self.result.folder_settings[folder.name] = settings
+        self.pictures[folder.name] = []
+        if not folder.pictures:
+            self.pass_over(folder)
+        elif not settings.multiply:
+            self.result.switched_off[folder.name] = len(folder.pictures)
+        else:
+            self.pictures[folder.name] = self.caption(folder)
+
+    def caption(self, folder: _Folder) -> list[Picture]:
+        """Find the caption of each picture of a folder."""
+        names = [_composed(name) for name in folder.pictures]
+        if len(set(names)) < len(names):
+            self.note_twins(folder, names)
+        stems = [os.path.splitext(name)[0] for name in names]
+        self.note_orphans(folder, frozenset(stems))
+        listed = self.read_lists(folder, frozenset(names))
+        with_sidecars = any(folder.sidecars)
+        read: dict[str, tuple[str, str]] = {}  # pictures of one stem share a sidecar
+        pictures = []
+        for file_name, name, stem in zip(folder.pictures, names, stems, strict=True):
+            found = (read.get(stem) or self.read_own(folder, stem)) if with_sidecars else None
+            if found is not None:
+                read[stem] = found
+            elif name in listed:
+                found = (listed[name].text, "jsonl")
+            else:
+                found = (caption_from_file_name(name), "file name")
+            pictures.append(
+                Picture(os.path.join(folder.path, file_name), _composed(f"{folder.name}/{name}"), folder.name, *found)
+            )
+        return pictures
+
+    def note_twins(self, folder: _Folder, names: Sequence[str]) -> None:
+        """Tell of file names that differ only in how their accents are stored, as two machines may leave them."""
+        first: dict[str, str] = {}
+        for file_name, name in zip(folder.pictures, names, strict=True):
+            if first.setdefault(name, file_name) != file_name:
+                path = os.path.join(folder.path, file_name)
+                self.broken.append(f"{path}: there are two files of this name (accents stored in two ways); rename one")
+
+    def read_own(self, folder: _Folder, stem: str) -> tuple[str, str] | None:
+        """Read the caption and its source from a picture's own sidecar; None where it has none."""
+        for suffix, sidecars in zip(SIDECAR_SUFFIXES, folder.sidecars, strict=True):
+            name = sidecars.get(stem)
+            if name is None:
+                continue
+            path = os.path.join(folder.path, name)
+            caption = ""
+            try:
+                caption = read_sidecar(path)
+            except ValueError as error:
+                self.broken.append(str(error))
+            else:
+                if not caption:
+                    self.empty_sidecars.append(path)
+            return caption, suffix[1:]
+        return None
+
+    def read_lists(self, folder: _Folder, names: frozenset[str]) -> Mapping[str, ListedCaption]:
+        """Read the captions in a folder's lists, by file name."""
+        entries: dict[str, ListedCaption] = {}
+        for path in folder.lists:
+            for entry in self.read_list(folder, path, names):
+                other = entries.setdefault(entry.file_name, entry)
+                if other.text != entry.text:
+                    self.broken.append(
+                        f"{entry.path}: line {entry.line}: {entry.file_name!r} has another text in line {other.line}"
+                        f"{'' if other.path == entry.path else f' of {other.path}'}; remove one of them"
+                    )
+                elif other is entry and not entry.text:
+                    self.empty_sidecars.append(f"{entry.path}: line {entry.line}")
+        return entries
+
+    def read_list(self, folder: _Folder, path: str, names: frozenset[str]) -> list[ListedCaption]:
+        """Read the entries of a list that are about pictures of the folder; the others are orphans."""
+        entries, problems = read_caption_list(path)
+        self.broken += problems
+        relative_path = f"{folder.name}/{os.path.basename(path)}"
+        self.result.orphans += [
+            f"{relative_path} line {entry.line}: {entry.file_name}" for entry in entries if entry.file_name not in names
+        ]
+        return [entry for entry in entries if entry.file_name in names]
+
+    def note_orphans(self, folder: _Folder, stems: frozenset[str]) -> None:
+        for sidecars in folder.sidecars:
+            self.result.orphans += [f"{folder.name}/{name}" for stem, name in sidecars.items() if stem not in stems]
+
+    def sorted_entries(self, folder: str) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entries, key=lambda entry: (_composed(entry.name), entry.name))
+        except OSError as error:
+            self.unreadable.append(f"{folder}: cannot be read ({error.strerror}); check its permissions")
+            return []
+
+    def conclude(self) -> Scan:
+        """Put what was gathered in order."""
+        scan = self.result
+        for folder in sorted(self.pictures, key=lambda name: (_composed(name).split("/"), name)):
+            scan.pictures += self.pictures[folder]
+            scan.folder_counts[folder] = len(self.pictures[folder])
+        scan.folder_settings = {folder: scan.folder_settings[folder] for folder in scan.folder_counts}
+        scan.switched_off = {f: scan.switched_off[f] for f in scan.folder_counts if f in scan.switched_off}
+        scan.left_out.sort()
+        scan.hidden.sort()
+        scan.orphans.sort()
+        scan.problems = [
+            *self.name_some(self.unreadable),
+            *self.name_some(self.unprintable, _word_unprintable),
+            *self.name_some(
+                self.in_root,
+                lambda name: (
+                    f"{os.path.join(self.data_root, name)}: lies in the data root; move it into a subfolder of it"
+                ),
+            ),
+            *self.name_some(
+                self.lists_in_root,
+                lambda path: (
+                    f"{path}: lies in the data root, where it has no effect; move it into the subfolder that "
+                    "it is about"
+                ),
+            ),
+            *self.name_some(
+                self.too_deep,
+                lambda name: (
+                    f"{os.path.join(self.data_root, *name.split('/'))}: lies deeper than one layer of "
+                    f"subfolders; move it up into {os.path.join(self.data_root, name.split('/')[0])}"
+                ),
+            ),
+            *self.name_some(self.broken),
+        ]
+        scan.warnings = [
+            *self.name_some(self.link_warnings),
+            *self.name_some(self.idle_settings, lambda path: f"{path}: has no effect, since no picture lies beside it"),
+            *self.name_some(self.empty_sidecars, lambda path: f"{path}: is empty, and so is the caption"),
+        ]
+        if not scan.pictures and not scan.problems:
+            scan.problems.append(self.word_nothing_found())
+        return scan
+
+    def word_nothing_found(self) -> str:
+        if self.result.switched_off:
+            folders = ", ".join(self.result.switched_off)
+            return f"{self.data_root}: no picture is left, since multiply is 0 in all its folders ({folders}); raise it"
+        return (
+            f"{self.data_root}: holds no pictures; put .jpg, .jpeg, .png, .webp, .bmp or .jfif files into a subfolder "
+            "of it"
+        )
+
+    def name_some(self, names: Sequence[str], line: Callable[[str], str] = str) -> Iterable[str]:
+        """Word a line for each of the first names, and one that counts the others."""
+        limit = len(names) if self.named is None else self.named
+        lines = [line(name) for name in names[:limit]]
+        if len(names) > limit:
+            lines.append(f"... and {len(names) - limit} more like the last one")
+        return lines
+
+
+def _word_unprintable(path: str) -> str:
+    return f"{os.fsencode(path).decode('utf-8', 'backslashreplace')}: the name is not UTF-8 text; rename it"
+
+
+def _composed(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def _is_text(name: str) -> bool:
@@ -148,46 +430,3 @@ def _is_text(name: str) -> bool:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FILES or name == "__MACOSX"
-
-
-def _sorted_entries(folder: str, scan: Scan) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: (unicodedata.normalize("NFC", entry.name), entry.name))
-    except OSError as error:
-        scan.problems.append(f"{folder}: cannot be read ({error.strerror}); check its permissions")
-        return []
-
-
-def _pictures_below(folder: str, relative_path: str, scan: Scan) -> list[str]:
-    """List the pictures in and below a folder that lies too deep; its other files are left out."""
-    pictures: list[str] = []
-    seen: set[str] = set()  # real paths: symbolic links may form a circle
-    for file_path in _files_below(folder, relative_path, seen, scan):
-        if is_picture_name(file_path):
-            pictures.append(file_path)
-        else:
-            scan.left_out.append(file_path)
-    return pictures
-
-
-def _files_below(folder: str, relative_path: str, seen: set[str], scan: Scan) -> Iterator[str]:
-    real_path = os.path.realpath(folder)
-    if real_path in seen:
-        return
-    seen.add(real_path)
-    for entry in _sorted_entries(folder, scan):
-        entry_path = f"{relative_path}/{entry.name}"
-        if _is_hidden(entry.name):
-            scan.hidden.append(entry_path)
-        elif entry.is_dir():
-            yield from _files_below(entry.path, entry_path, seen, scan)
-        else:
-            yield entry_path
-
-
-def _name_some(names: list[str], line: Callable[[str], str]) -> list[str]:
-    lines = [line(name) for name in names[:NAMED_PER_PROBLEM]]
-    if len(names) > NAMED_PER_PROBLEM:
-        lines.append(f"... and {len(names) - NAMED_PER_PROBLEM} more like the last one")
-    return lines

@@ -191,13 +191,13 @@ def test_a_validation_set_as_training_set_is_an_error(root: Root) -> None:
 
 
 def test_left_out_files_and_empty_captions_are_told(root: Root, caplog: pytest.LogCaptureFixture) -> None:
-    (Path(root) / "f0" / "notes.txt").touch()
+    (Path(root) / "f0" / "notes.md").touch()
     (Path(root) / "f0" / "p0.png").rename(Path(root) / "f0" / "_1.png")
     with caplog.at_level(logging.WARNING):
         build(root)
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2  # though both sets read the folder
-    assert told[0] == "1 file left out, no picture: f0/notes.txt"
+    assert told[0] == "1 file left out, no picture: f0/notes.md"
     assert told[1].startswith("1 picture has an empty caption")
 
 
@@ -205,10 +205,10 @@ def test_left_out_files_of_another_folder_are_told_too(
     root: Root, make_root: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     other = make_root("g/1.png", root="other")
-    (other / "g" / "list.txt").touch()
+    (other / "g" / "list.md").touch()
     with caplog.at_level(logging.WARNING):
         build(root, validation=ours(str(other), VALIDATION))
-    assert [record.getMessage() for record in caplog.records] == ["1 file left out, no picture: g/list.txt"]
+    assert [record.getMessage() for record in caplog.records] == ["1 file left out, no picture: g/list.md"]
 
 
 def test_a_data_set_of_another_project_is_shown_whole_in_every_epoch(

@@ -70,9 +70,9 @@ def test_names_that_are_not_utf_8_are_problems_that_can_be_printed(make_root: Ma
 def test_other_files_are_left_out_and_named(make_root: MakeRoot) -> None:
     root = make_root("a/1.png")
     (root / "notes.txt").touch()
-    (root / "a" / "1.txt").touch()
+    (root / "a" / "1.md").touch()
     scan = scan_data_root(str(root))
-    assert (scan.left_out, scan.problems) == (["a/1.txt", "notes.txt"], [])
+    assert (scan.left_out, scan.problems) == (["a/1.md", "notes.txt"], [])
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", "._1.png", ".hidden.png"])
