@@ -145,7 +145,6 @@ def test_center_crop_takes_the_middle(tmp_path: Path) -> None:
         ({"repeats": 0}, "repeats 0 is not allowed; give a whole number of at least 1"),
         ({"repeats": 0.5}, "repeats 0.5 is not allowed"),
         ({"interpolation": "nearest"}, "interpolation 'nearest' is unknown"),
-        ({"resize_mode": "bucket"}, "resize_mode 'bucket' is not available yet"),
         ({"set": "trian"}, "set 'trian' is unknown; choose one of train, val, validation, test"),
         ({"on_bad_image": "ignore"}, "on_bad_image 'ignore' is unknown; choose one of error, skip"),
     ],

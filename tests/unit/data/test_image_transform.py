@@ -194,6 +194,7 @@ def test_an_unknown_interpolation_names_the_choices() -> None:
         ("squash", False, "squash"),
         ("center_crop", False, "center_crop"),
         ("center_crop", True, "center_crop"),
+        ("bucket", False, "bucket"),
     ],
 )
 def test_the_two_resize_keys_settle_on_one_mode(resize_mode: str | None, center_crop: bool, resolved: str) -> None:
@@ -203,8 +204,7 @@ def test_the_two_resize_keys_settle_on_one_mode(resize_mode: str | None, center_
 @pytest.mark.parametrize(
     ("resize_mode", "center_crop", "message"),
     [
-        ("bucket", False, "not available yet; choose squash or center_crop"),
-        ("stretch", False, "'stretch' is unknown; choose squash or center_crop"),
+        ("stretch", False, "'stretch' is unknown; choose one of bucket, squash, center_crop"),
         ("squash", True, "contradicts center_crop"),
     ],
 )
@@ -229,7 +229,7 @@ def test_every_broken_picture_is_found_with_its_reason(tmp_path: Path) -> None:
 def test_a_picture_named_twice_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     real_open = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real_open(path))
+    monkeypatch.setattr(Image, "open", lambda path, **kwargs: opened.append(path) or real_open(path, **kwargs))
     path = save(tmp_path / "a.png", GRADIENT)
     find_broken_pictures([path, path])
     assert opened == [path]
