@@ -1,10 +1,13 @@
-"""A picture's caption, from its file name."""
+"""A caption: from a file name and into one, and in tags."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import torch
 
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".jfif")
 """The file types that count as pictures, in lower case; any case is accepted."""
@@ -31,3 +34,29 @@ def caption_from_file_name(file_name: str) -> str:
     """
     stem = os.path.splitext(file_name)[0] if is_picture_name(file_name) else file_name
     return unicodedata.normalize("NFC", stem.split("_", 1)[0]).strip()
+
+
+def shuffled_tags(caption: str, keep_tags: int, generator: torch.Generator) -> str:
+    """Put the tags of a caption into a random order, all orders alike.
+
+    Args:
+        caption: tags between commas; a caption without a comma comes back as it is.
+        keep_tags: how many of the first tags stay where they are, at least 0.
+        generator: where the order is drawn from.
+
+    Returns:
+        The same tags, without the spaces at their ends, joined by ``", "``; empty ones are left out.
+
+    Raises:
+        ValueError: ``keep_tags`` is below 0.
+    """
+    if keep_tags < 0:
+        raise ValueError(f"keep_tags {keep_tags} is not allowed; give a number of tags from 0 up")
+    if "," not in caption:
+        return caption
+    import torch  # here, so that what only reads captions starts at once
+
+    tags = [tag for part in caption.split(",") if (tag := part.strip())]
+    kept, moved = tags[:keep_tags], tags[keep_tags:]
+    order = torch.randperm(len(moved), generator=generator).tolist()
+    return ", ".join(kept + [moved[position] for position in order])
