@@ -116,8 +116,9 @@ def test_the_unets_agree(sides: Sides, contexts: Contexts, timestep: int) -> Non
 
 
 @torch.no_grad()
-def test_the_unets_agree_on_pictures_that_are_not_square(sides: Sides, contexts: Contexts) -> None:
-    x, t = normals(2, 4, 8, 24), torch.tensor([10, 800])
+@pytest.mark.parametrize("size", [(8, 24), (9, 7), (6, 11)])
+def test_the_unets_agree_on_pictures_of_any_shape(sides: Sides, contexts: Contexts, size: tuple[int, int]) -> None:
+    x, t = normals(2, 4, *size), torch.tensor([10, 800])
     agree(sides.ours.apply_model(x, t, contexts[0]), sides.unet(x, t, contexts[0]).sample)
 
 

@@ -25,28 +25,35 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence that hands each child what it takes: the timestep embedding, the context, or neither."""
+    """A sequence that hands each child what it takes: timestep embedding, context, the size to grow to, or none."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None, size: Sequence[int] | None = None
+    ) -> Tensor:
         """Run the children in order.
 
         Args:
             x: (B, C, H, W) features.
             emb: (B, E) timestep embedding.
             context: (B, L, D) tokens for the transformers.
+            size: height and width that the up-sampling child shall give; twice the input's if None.
         """
         for layer in self:
-            if isinstance(layer, TimestepBlock):
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb, size)
+            elif isinstance(layer, TimestepBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
             else:
                 x = layer(x)
         return x
 
 
 class Upsample(nn.Module):
-    """Double the height and width by nearest neighbour, then convolve if asked.
+    """Double the height and width (or nearly so) by nearest neighbour, then convolve if asked.
 
     Args:
         channels: input channels.
@@ -66,10 +73,22 @@ class Upsample(nn.Module):
         if use_conv:
             self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', 2H, 2W)."""
-        scale = (1.0, 2.0, 2.0) if self.dims == 3 else 2.0
-        x = F.interpolate(x, scale_factor=scale, mode="nearest")
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Enlarge.
+
+        Args:
+            x: (B, C, H, W).
+            size: height and width to give; twice those of x if None. A level of odd height or width has halved to a
+                size whose double is not it.
+
+        Returns:
+            (B, C', *size).
+        """
+        if size is None:
+            scale = (1.0, 2.0, 2.0) if self.dims == 3 else 2.0
+            x = F.interpolate(x, scale_factor=scale, mode="nearest")
+        else:
+            x = F.interpolate(x, size=list(size), mode="nearest")
         return self.conv(x) if self.use_conv else x
 
 
@@ -163,14 +182,18 @@ class ResBlock(TimestepBlock):
         else:
             self.skip_connection = conv_nd(dims, channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Apply the block to (B, C, H, W) features under a (B, E) embedding."""
-        return checkpoint(self._forward, (x, emb), flag=self.use_checkpoint, draws_random=self.dropout > 0)
+    def forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Apply the block to (B, C, H, W) features under a (B, E) embedding; see :class:`Upsample` for ``size``."""
+        return checkpoint(self._forward, (x, emb, size), flag=self.use_checkpoint, draws_random=self.dropout > 0)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None) -> Tensor:
         in_norm, activation, in_conv = self.in_layers
-        h = in_conv(self.h_upd(activation(in_norm(x))))
-        x = self.x_upd(x)
+        h = activation(in_norm(x))
+        if isinstance(self.h_upd, Upsample) and isinstance(self.x_upd, Upsample):
+            h, x = self.h_upd(h, size), self.x_upd(x, size)
+        else:
+            h, x = self.h_upd(h), self.x_upd(x)
+        h = in_conv(h)
         shift = self.emb_layers(emb).type(h.dtype)
         shift = shift.reshape(*shift.shape, *([1] * (h.ndim - 2)))
         if self.use_scale_shift_norm:
@@ -434,8 +457,7 @@ class UNetModel(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
-            skip = skips.pop()
-            # A level of odd height or width comes back one row or column larger than it went down.
-            h = h[:, :, : skip.shape[2], : skip.shape[3]] if h.shape[2:] != skip.shape[2:] else h
-            h = block(torch.cat([h, skip], dim=1), emb, context)
+            h = torch.cat([h, skips.pop()], dim=1)
+            # The next features to join give the size: a level of odd height or width is not twice the one below it.
+            h = block(h, emb, context, size=skips[-1].shape[2:] if skips else None)
         return self.id_predictor(h) if self.predict_codebook_ids else self.out(h)

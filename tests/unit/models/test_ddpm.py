@@ -240,10 +240,24 @@ def test_diffusion_on_pixels_trains_and_samples():
     assert set(model.log_images(batch, N=2, ddim_steps=2)) == {"inputs", "samples"}
 
 
-def test_log_images_have_the_size_and_aspect_of_the_batch(model):
-    rows = model.log_images(picture_batch(size=(16, 32)), N=2, ddim_steps=2)
+@pytest.mark.parametrize("size", [(16, 32), (18, 14)])
+def test_log_images_have_the_size_and_aspect_of_the_batch(size):
+    model = build_text_model(unet={"channel_mult": [1, 1]})
+    rows = model.log_images(picture_batch(size=size), N=2, ddim_steps=2)
     assert set(rows) == {"inputs", "reconstruction", "conditioning", "samples", "samples_cfg_scale_5.00"}
-    assert {tuple(row.shape) for row in rows.values()} == {(2, 3, 16, 32)}
+    assert {tuple(row.shape) for row in rows.values()} == {(2, 3, *size)}
+
+
+def test_pixel_models_log_images_of_the_batchs_size():
+    rows = build_pixel_model().log_images(picture_batch(size=(9, 7)), N=2, ddim_steps=2)
+    assert {tuple(row.shape) for row in rows.values()} == {(2, 3, 9, 7)}
+
+
+def test_a_batch_of_odd_latent_sides_trains():
+    model = build_text_model(unet={"channel_mult": [1, 1], "use_checkpoint": True})
+    batch = picture_batch(size=(18, 14))
+    model.shared_step(batch, batch["exposure"])[0].backward()
+    assert all(parameter.grad is not None for parameter in model.model.parameters())
 
 
 def test_saved_keys_are_clean_and_come_back_into_a_compiled_model():

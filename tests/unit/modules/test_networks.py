@@ -6,7 +6,7 @@ import torch
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
-from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
+from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel, Upsample
 from ldm.util import instantiate_from_config
 from tests.unit.models.small import first_stage_config, unet_config
 
@@ -33,9 +33,10 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_recomputing_activations_changes_no_gradient(name):
-    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
+def test_recomputing_activations_changes_no_gradient(name, size):
+    x, t = torch.randn(2, 4, *size), torch.tensor([3, 500])
     context = torch.randn(2, 5, 8) if "context_dim" in OPTIONS[name] else None
     gradients = []
     for use_checkpoint in (False, True):
@@ -61,10 +62,43 @@ def test_recomputed_activations_drop_out_the_same_elements(transformer):
     assert all(torch.allclose(plain, recomputed, atol=1e-7) for plain, recomputed in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 13), (5, 8)])
-def test_the_unet_takes_latents_of_any_height_and_width(size):
-    model = build_unet(channel_mult=[1, 1, 1])
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (5, 8), (7, 10)])
+@pytest.mark.parametrize("resampling", [{}, {"conv_resample": False}, {"resblock_updown": True}])
+def test_the_unet_takes_latents_of_any_height_and_width(size, resampling):
+    model = build_unet(channel_mult=[1, 1, 1], **resampling)
     assert model(torch.randn(1, 4, *size), torch.tensor([1])).shape == (1, 4, *size)
+
+
+@torch.no_grad()
+def test_a_class_conditional_unet_takes_latents_of_any_height_and_width():
+    model = build_unet(channel_mult=[1, 1], num_classes=5)
+    assert model(torch.randn(1, 4, 9, 7), torch.tensor([1]), y=torch.tensor([4])).shape == (1, 4, 9, 7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_conv", [False, True])
+def test_growing_to_twice_the_size_is_doubling(use_conv):
+    layer, x = Upsample(4, use_conv), torch.randn(1, 4, 3, 5)
+    assert torch.equal(layer(x, (6, 10)), layer(x))
+
+
+@torch.no_grad()
+def test_growing_to_an_odd_size_takes_the_nearest_neighbour():
+    grown = Upsample(1, False)(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), (3, 4))
+    assert grown[0, 0].tolist() == [[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0], [3.0, 3.0, 4.0, 4.0]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("levels", [3, 4])
+def test_a_first_stage_gives_pictures_of_multiples_of_its_factor_back_at_their_size(levels):
+    config = first_stage_config()["params"]
+    ddconfig = config["ddconfig"] | {"ch_mult": [1] * levels}
+    model = AutoencoderKL(ddconfig, config["lossconfig"], config["embed_dim"])
+    z = model.encode(torch.randn(1, 3, 72, 40)).mode()
+    factor = 2 ** (levels - 1)
+    assert z.shape == (1, 4, 72 // factor, 40 // factor)
+    assert model.decode(z).shape == (1, 3, 72, 40)
 
 
 @pytest.mark.parametrize(
