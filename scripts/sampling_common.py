@@ -408,8 +408,9 @@ def picture_size(model: Any, width: int | None, height: int | None) -> tuple[int
         ValueError: they do not divide by the pixels of a latent cell.
     """
     factor = downsampling_factor(model)
-    own = model.image_size if isinstance(model.image_size, int) else model.image_size[0]
-    size = (width or own * factor, height or own * factor)
+    own = model.image_size
+    own_height, own_width = (own, own) if isinstance(own, int) else own
+    size = (width or own_width * factor, height or own_height * factor)
     if any(pixels % factor for pixels in size):
         raise ValueError(f"a size of {size[0]}x{size[1]} is not allowed; this model needs multiples of {factor}")
     return size

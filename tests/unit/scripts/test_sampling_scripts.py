@@ -123,6 +123,18 @@ def test_the_size_is_the_models_own_where_none_is_given(tiny: Path, tmp_path: Pa
     assert picture.shape == (64, 64, 3)
 
 
+@pytest.mark.parametrize("sampler", [[], ["--plms"], ["--dpm_solver"]])
+def test_any_multiple_of_eight_is_a_size(tiny: Path, tmp_path: Path, sampler: list[str]) -> None:
+    pictures = draw(tiny, tmp_path, "--H", "72", "--W", "40", "--n_iter", "1", "--n_samples", "1", *sampler)
+    assert [picture.shape for picture in pictures] == [(72, 40, 3)]
+
+
+def test_a_model_that_was_not_made_for_squares_has_its_own_width_and_height() -> None:
+    stage = argparse.Namespace(downsampling_factor=4)
+    model = argparse.Namespace(image_size=[16, 24], first_stage_model=stage)
+    assert sampling_common.picture_size(model, None, None) == (96, 64)
+
+
 def test_a_picture_tells_what_it_was_made_from(tiny: Path, tmp_path: Path) -> None:
     draw(tiny, tmp_path, "--n_iter", "1", "--n_samples", "2", "--negative_prompt", "blurry, grey", "--scale", "3")
     texts = Image.open(tmp_path / "samples/00001.png").info
