@@ -117,16 +117,16 @@ def uniform(purpose: str, exposure: Tensor) -> float:
     return float(torch.rand((), generator=keyed_generator(purpose, *exposure.tolist()), dtype=torch.float64))
 
 
-def uniforms(purpose: str, exposure: Tensor, count: int) -> tuple[float, ...]:
-    """Draw several numbers in [0, 1) for one exposure (the two coordinates of a crop).
+def uniform_pair(purpose: str, exposure: Tensor) -> tuple[float, float]:
+    """Draw two numbers in [0, 1) for one exposure (the two coordinates of a crop).
 
     Args:
         purpose: what the draw is for.
         exposure: int64 (4,).
-        count: how many.
 
     Returns:
-        Floats in [0, 1).
+        Two floats in [0, 1), independent of each other.
     """
     generator = keyed_generator(purpose, *exposure.tolist())
-    return tuple(torch.rand(count, generator=generator, dtype=torch.float64).tolist())
+    first, second = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    return first, second

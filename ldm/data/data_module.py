@@ -13,10 +13,12 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from ldm.data.buckets import count_batches
 from ldm.data.ed_validate import EDValidateBatch
 from ldm.data.every_dream import EveryDreamBatch, check_pictures
+from ldm.data.exposure_set import ExposureSet
 from ldm.data.resume import TrainerProgress, saved_position, settle_resume
-from ldm.data.sampler import EpochLoader, EpochSampler, steps_per_epoch
+from ldm.data.sampler import EpochBatches, EpochLoader
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.use_worker_init_fn = use_worker_init_fn
         self.seed = seed
         self.datasets: dict[str, Any] = {}
-        self._saved_position: dict[str, int] | None = None
+        self._saved_position: dict[str, Any] | None = None
+        self._train_batches: EpochBatches
+        self._train_loader: tuple[pl.Trainer | None, EpochLoader] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Build every data set, and decode every picture once; a second call does nothing.
@@ -162,44 +166,52 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _num_replicas(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
-    def steps_per_epoch(self, split: str, num_replicas: int | None = None) -> int:
+    def steps_per_epoch(self, split: str, num_replicas: int | None = None, epoch: int = 0) -> int:
         """Count the batches that one pass over a split takes on each device.
 
         Args:
             split: ``train``, ``validation``, ``test`` or ``predict``.
             num_replicas: number of devices; None: the trainer's, 1 before there is a trainer.
+            epoch: from 0; epochs differ where folders are shown fractions of times.
 
         Returns:
             Batches; 0 where the config names no such split.
         """
         if split not in self.datasets:
             return 0
-        return steps_per_epoch(len(self.datasets[split]), self.batch_size, num_replicas or self._num_replicas)
+        return count_batches(self.datasets[split], self.batch_size * (num_replicas or self._num_replicas), epoch)
 
-    def _loader(self, split: str) -> EpochLoader:
-        dataset = self.datasets[split]
+    def _batches(self, split: str) -> EpochBatches:
         trainer = self.trainer
-        sampler = EpochSampler(
-            len(dataset),
+        overfits = trainer is not None and bool(getattr(trainer, "overfit_batches", 0))
+        batches = EpochBatches(
+            self.datasets[split],
+            self.batch_size,
             seed=self.seed,
-            shuffle=self.shuffle[split],
+            shuffle=self.shuffle[split] and not overfits,
             num_replicas=self._num_replicas,
             rank=trainer.global_rank if trainer is not None else 0,
-            index_names_epoch=isinstance(dataset, EveryDreamBatch) and dataset.set == "train",
+            only_epoch=0 if overfits else None,
         )
-        if sampler.padding and sampler.rank == 0:
+        alone = 0 < len(batches.dataset) % batches.together < batches.num_replicas
+        if alone and batches.rank == 0 and not isinstance(batches.dataset, ExposureSet):
             logger.info(
-                "%s: %d exposures do not divide among %d devices; %d of them are shown twice an epoch",
+                "%s: %d items do not divide among %d devices; some are shown twice an epoch",
                 split,
-                sampler.length,
-                sampler.num_replicas,
-                sampler.padding,
+                len(batches.dataset),
+                batches.num_replicas,
             )
+        return batches
+
+    def _loader(self, split: str, batches: EpochBatches | None) -> EpochLoader:
+        dataset = self.datasets[split]
+        trainer = self.trainer
+        if trainer is not None and hasattr(dataset, "as_bytes"):
+            dataset.as_bytes = True  # a quarter of the numbers to carry; on_after_batch_transfer scales them
         return EpochLoader(
             dataset,
-            sampler=sampler,
+            **({"batch_size": self.batch_size} if batches is None else {"batch_sampler": batches}),
             progress=TrainerProgress(trainer) if trainer is not None and split == "train" else None,
-            batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
@@ -207,24 +219,46 @@ class DataModuleFromConfig(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> EpochLoader | list[EpochLoader]:
-        """Build the training loader; an empty list where the config names no training set."""
+        """Build the training loader; an empty list where the config names no training set.
+
+        Where epochs differ in length, the trainer asks before each one, and gets the same loader again.
+        """
         if "train" not in self.datasets:
             return []
+        trainer = self.trainer
+        if self._train_loader is not None and self._train_loader[0] is trainer and trainer is not None:
+            loader = self._train_loader[1]
+            self._train_batches.set_epoch(trainer.current_epoch)
+            return loader
         self._check_batch_size()
-        if self._saved_position is not None and self.trainer is not None:
-            settle_resume(self.trainer, self._saved_position, *self._train_sizes)
+        self._train_batches = self._batches("train")
+        if self._saved_position and trainer is not None:
+            settle_resume(trainer, self._saved_position, self._train_batches)
             self._saved_position = None
-        return self._loader("train")
+        if trainer is not None and self._epochs_differ():
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        self._train_loader = (trainer, self._loader("train", self._train_batches))
+        return self._train_loader[1]
 
-    @property
-    def _train_sizes(self) -> tuple[int, int]:
-        return len(self.datasets["train"]), self.batch_size * self._num_replicas
+    def _epochs_differ(self) -> bool:
+        """Tell whether epochs may have different numbers of batches."""
+        dataset = self.datasets["train"]
+        shown_anew = self._train_batches.segments(self._train_batches.epoch)
+        return bool(shown_anew) or getattr(dataset, "epochs_differ", False)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Scale the pictures of a batch that was carried as bytes, on the device (the trainer calls this)."""
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), torch.Tensor):
+            return batch
+        if batch["image"].dtype != torch.uint8:
+            return batch
+        return {**batch, "image": bytes_to_unit_range(batch["image"])}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs so that a run goes on within an epoch (the trainer calls this)."""
-        if self.trainer is None or "train" not in self.datasets:
+        if self.trainer is None or self._train_loader is None:
             return {}
-        return saved_position(self.trainer, *self._train_sizes)
+        return saved_position(self.trainer, self._train_batches)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's position until the training loader is asked for (the trainer calls this)."""
@@ -232,15 +266,29 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def val_dataloader(self) -> EpochLoader | list[EpochLoader]:
         """Build the validation loader; an empty list where the config names no validation set."""
-        return self._loader("validation") if "validation" in self.datasets else []
+        return self._loader("validation", self._batches("validation")) if "validation" in self.datasets else []
 
     def test_dataloader(self) -> EpochLoader | list[EpochLoader]:
         """Build the test loader; an empty list where the config names no test set."""
-        return self._loader("test") if "test" in self.datasets else []
+        return self._loader("test", self._batches("test")) if "test" in self.datasets else []
 
     def predict_dataloader(self) -> EpochLoader | list[EpochLoader]:
         """Build the prediction loader; an empty list where the config names no prediction set."""
-        return self._loader("predict") if "predict" in self.datasets else []
+        return self._loader("predict", None) if "predict" in self.datasets else []
+
+
+def bytes_to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Scale 8-bit pixels to [-1, 1] on their device.
+
+    Args:
+        pixels: uint8, any shape.
+
+    Returns:
+        float32 of the same shape, value / 127.5 - 1 rounded once: the very numbers that
+        :func:`ldm.data.image_transform.to_unit_range` gives.
+    """
+    values = torch.arange(256, dtype=torch.float64, device=pixels.device).div_(127.5).sub_(1.0).float()
+    return values.index_select(0, pixels.reshape(-1).int()).view(pixels.shape)
 
 
 def seed_global_generators(worker_id: int) -> None:
@@ -255,20 +303,31 @@ def seed_global_generators(worker_id: int) -> None:
 
 
 def _tell_what_is_left_out(datasets: Iterable[EveryDreamBatch]) -> None:
-    """Name the files that are not used and the pictures without a caption, each once for all splits."""
-    roots = {os.path.realpath(dataset.data_root): dataset for dataset in datasets}.values()
-    left_out = [name for dataset in roots for name in dataset.left_out]
-    hidden = [name for dataset in roots for name in dataset.hidden]
-    empty = [name for dataset in roots for name in dataset.empty_captions]
-    if left_out:
-        nouns = ("file", "picture") if len(left_out) == 1 else ("files", "pictures")
-        logger.warning("%d %s left out, no %s: %s", len(left_out), *nouns, ", ".join(left_out))
+    """Name what is not used, or not as it may have been meant, each once for all splits."""
+    roots = list({os.path.realpath(dataset.data_root): dataset for dataset in datasets}.values())
+
+    def gathered(name: str) -> list[str]:
+        return [item for dataset in roots for item in getattr(dataset, name)]
+
+    _tell_of(gathered("left_out"), "file left out, no picture", "files left out, no pictures")
+    _tell_of(gathered("orphans"), "caption without a picture", "captions without a picture")
+    _tell_of(
+        gathered("empty_captions"),
+        "picture has an empty caption (nothing precedes the first underscore)",
+        "pictures have an empty caption (nothing precedes the first underscore)",
+    )
+    for line in gathered("scan_warnings"):
+        logger.warning("%s", line)
+    for dataset in roots:
+        for folder, count in dataset.switched_off.items():
+            logger.info(
+                "left out: %s (%d %s), for its multiply is 0", folder, count, "picture" if count == 1 else "pictures"
+            )
+    hidden = gathered("hidden")
     if hidden:
         logger.debug("left out, hidden: %s", ", ".join(hidden))
-    if empty:
-        logger.warning(
-            "%d %s an empty caption (nothing precedes the first underscore): %s",
-            len(empty),
-            "picture has" if len(empty) == 1 else "pictures have",
-            ", ".join(empty),
-        )
+
+
+def _tell_of(names: list[str], one: str, several: str) -> None:
+    if names:
+        logger.warning("%d %s: %s", len(names), one if len(names) == 1 else several, ", ".join(names))

@@ -12,14 +12,15 @@ class EDValidateBatch(EveryDreamBatch):
 
     Args:
         data_root: folder that holds subfolders of pictures.
-        size: side of the square pictures in pixels, a multiple of 8; None keeps each picture's own.
+        size: pixels, a multiple of 8, as in training; None keeps each picture's own size.
         set: ``"val"``, ``"validation"``, ``"test"`` or ``"train"``; all mean the same here.
         repeats: accepted for the YAML files that give it, without effect: each picture counts once.
         interpolation: resampling filter: ``linear``, ``bilinear``, ``bicubic`` or ``lanczos``.
         center_crop: True is the older way to say ``resize_mode: center_crop``.
-        resize_mode: ``squash`` (the default) or ``center_crop``.
+        resize_mode: ``bucket`` (the default), ``center_crop`` or ``squash``, as in training.
         on_bad_image: ``error`` or ``skip``, as in training.
         seed: accepted like the training set's, without effect: nothing here depends on the run.
+        recursive: also take pictures in folders below the subfolders.
 
     Raises:
         ValueError: an argument out of range, or a folder that cannot be used; a line for each problem.
@@ -37,6 +38,7 @@ class EDValidateBatch(EveryDreamBatch):
         resize_mode: str | None = None,
         on_bad_image: str = "error",
         seed: int = 23,
+        recursive: bool = False,
     ) -> None:
         super().__init__(
             data_root=data_root,
@@ -47,4 +49,5 @@ class EDValidateBatch(EveryDreamBatch):
             resize_mode=resize_mode,
             on_bad_image=on_bad_image,
             seed=seed,
+            recursive=recursive,
         )

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
+    from ldm.data.sampler import EpochBatches
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,27 +35,24 @@ class TrainerProgress:
         return counters.current.processed
 
 
-def saved_position(trainer: Trainer, exposures_per_epoch: int, exposures_per_batch: int) -> dict[str, int]:
+def saved_position(trainer: Trainer, batches: EpochBatches) -> dict[str, Any]:
     """Return what a checkpoint needs beside Lightning's counters.
 
     Args:
         trainer: the running trainer.
-        exposures_per_epoch: pictures times repeats.
-        exposures_per_batch: exposures in a batch of all ranks together.
+        batches: the batches it trains on.
     """
-    batches = trainer.num_training_batches
+    in_epoch = trainer.num_training_batches
     return {
-        "exposures_per_epoch": exposures_per_epoch,
-        "exposures_per_batch": exposures_per_batch,
-        "batches_per_epoch": int(batches)
-        if math.isfinite(batches)
-        else math.ceil(exposures_per_epoch / exposures_per_batch),
+        "exposures_per_epoch": batches.exposures(batches.epoch),
+        "exposures_per_batch": batches.together,
+        "batches_per_epoch": int(in_epoch) if math.isfinite(in_epoch) else len(batches),
+        "accumulate": trainer.accumulate_grad_batches,
+        "segments": [list(segment) for segment in batches.segments(batches.epoch)],
     }
 
 
-def settle_resume(
-    trainer: Trainer, saved: Mapping[str, int], exposures_per_epoch: int, exposures_per_batch: int
-) -> None:
+def settle_resume(trainer: Trainer, saved: Mapping[str, Any], batches: EpochBatches) -> None:
     """Make the trainer, whose counters come from a checkpoint, go on exactly where the run stopped.
 
     To be called once, when the trainer asks for its training loader.
@@ -64,55 +63,78 @@ def settle_resume(
       where a limit on steps ended the run.
     - Saved where a validation falls due, before its end: it follows, from its beginning.
 
-    Where the batch size or the number of ranks has changed, the count of batches is converted.
+    Where the batch size or the number of ranks has changed, the exposures that the epoch has not shown yet are
+    planned anew: none is left out and none comes twice.
 
     Args:
         trainer: a trainer that has loaded a checkpoint.
         saved: from :func:`saved_position`.
-        exposures_per_epoch: pictures times repeats, now.
-        exposures_per_batch: exposures in a batch of all ranks together, now.
+        batches: the batches to train on; gets the epoch to go on in, and how it began.
     """
     fit_loop: Any = trainer.fit_loop
-    epochs, batches = fit_loop.epoch_progress, fit_loop.epoch_loop.batch_progress
+    epochs, progress = fit_loop.epoch_progress, fit_loop.epoch_loop.batch_progress
     if epochs.current.started < epochs.current.ready or epochs.current.ready == 0:
+        batches.set_epoch(epochs.current.processed)
         _begin_epoch(fit_loop, epochs.current.processed)
         return
     epoch = epochs.current.ready - 1
-    limit = trainer.limit_train_batches
-    loader_batches = math.ceil(exposures_per_epoch / exposures_per_batch)
-    batches_per_epoch = min(loader_batches, limit) if isinstance(limit, int) else int(loader_batches * limit)
-    done = batches.current.processed
+    batches.set_epoch(epoch)
+    done = progress.current.processed
     if done >= saved["batches_per_epoch"]:
         if epochs.current.processed > epoch:
+            batches.set_epoch(epoch + 1)
             _begin_epoch(fit_loop, epoch + 1)
         else:
-            due = _validation_falls_due(trainer, epoch, batches_per_epoch, batches_per_epoch)
-            _go_on_after_last_batch(fit_loop, epoch, batches_per_epoch, due)
+            in_epoch = _limited(trainer, len(batches))
+            due = _validation_falls_due(trainer, epoch, in_epoch, in_epoch)
+            _go_on_after_last_batch(fit_loop, epoch, in_epoch, due)
         return
 
-    if saved["exposures_per_epoch"] != exposures_per_epoch:
-        logger.warning(
-            "an epoch has %d exposures and had %d when the checkpoint was saved: the rest of this epoch is taken "
-            "from the new order, so until its end some pictures come twice and some not at all",
-            exposures_per_epoch,
-            saved["exposures_per_epoch"],
-        )
-    shown = done * saved["exposures_per_batch"]
-    step = trainer.accumulate_grad_batches
-    position = shown // (exposures_per_batch * step) * step
-    again = shown - position * exposures_per_batch
+    position, again = _go_on_from(saved, done, epoch, batches)
+    in_epoch = _limited(trainer, len(batches))
     logger.info(
         "going on in epoch %d after batch %d/%d%s",
         epoch + 1,
         position,
-        batches_per_epoch,
-        f"; {again} exposures of an unfinished optimiser step come again" if again else "",
+        in_epoch,
+        f"; {again} {'batch' if again == 1 else 'batches'} of an unfinished optimiser step come again" if again else "",
     )
     if position == 0:
         _begin_epoch(fit_loop, epoch)
     else:
-        due = again == 0 and _validation_falls_due(trainer, epoch, position, batches_per_epoch)
+        due = again == 0 and _validation_falls_due(trainer, epoch, position, in_epoch)
         _go_on_within_epoch(fit_loop, epoch, position, due)
+
+
+def _go_on_from(saved: Mapping[str, Any], done: int, epoch: int, batches: EpochBatches) -> tuple[int, int]:
+    """Find the batch to go on with, and tell ``batches`` how the epoch began.
+
+    Returns:
+        The batch's number in the epoch, and how many batches from there on had been seen but not taken in.
+    """
+    segments = [(size, count) for size, count in saved.get("segments", ())]
+    settled = sum(count for _, count in segments)
+    accumulate = saved.get("accumulate", 1)
+    taken_in = max(settled, done // accumulate * accumulate)
+    now, then = batches.exposures(epoch), saved["exposures_per_epoch"]
+    if now != then:
+        logger.warning(
+            "an epoch has %d exposures and had %d when the checkpoint was saved: the rest of this epoch is taken "
+            "from the new order, so until its end some pictures come twice and some not at all",
+            now,
+            then,
+        )
+        shown = taken_in * saved["exposures_per_batch"]
+        return min(shown // batches.together, len(batches) - 1), done - taken_in
+    if saved["exposures_per_batch"] != batches.together:
+        segments.append((saved["exposures_per_batch"], taken_in - settled))
+    batches.begin_with(epoch, [segment for segment in segments if segment[1]])
+    return taken_in, done - taken_in
+
+
+def _limited(trainer: Trainer, batches: int) -> int:
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def _begin_epoch(fit_loop: Any, epoch: int) -> None:

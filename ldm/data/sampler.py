@@ -1,107 +1,136 @@
-"""Which exposure comes when: the order of an epoch, its share for each rank, and its remainder after a resume."""
+"""Which exposure comes when, for one device: its share of an epoch's batches, and the rest of them after a resume."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm.exposure import keyed_generator
+from ldm.data.buckets import EpochPlan, Segments, count_batches, plan_epoch
+from ldm.data.exposure_set import ExposureSet, Filler
 
 
-def steps_per_epoch(exposures: int, batch_size: int, num_replicas: int = 1) -> int:
-    """Count the batches of an epoch on each rank; the last one may be short.
+class EpochBatches(Sampler[list[int]]):
+    """Yields the batches of one epoch, as a function of its arguments, the epoch and the start alone.
 
-    Args:
-        exposures: pictures times repeats.
-        batch_size: exposures in a batch of one rank.
-        num_replicas: number of ranks.
-
-    Returns:
-        Batches, at least 1 where there is an exposure.
-    """
-    return math.ceil(math.ceil(exposures / num_replicas) / batch_size)
-
-
-class EpochSampler(Sampler[int]):
-    """Yields the indices of one epoch, as a function of its arguments, the epoch and the start alone.
-
-    Rank ``r`` of ``n`` takes every n-th index from the r-th on, so the ranks' i-th batches together hold
-    the same exposures as the i-th batch of one rank with the whole batch size. Where the ranks do not
-    divide the epoch, the order is continued from its beginning until they do.
+    A batch of all devices together holds pictures of one size (see :func:`ldm.data.buckets.plan_epoch`). Rank
+    ``r`` of ``n`` takes every n-th of its exposures from the r-th on, so what a step is trained on does not depend
+    on the number of devices that share it. All ranks get equally many batches: where the last batch of a size
+    holds fewer exposures than there are ranks, the others get a :class:`~ldm.data.exposure_set.Filler`, which
+    does not count; data sets of other projects have none, and show that exposure once more.
 
     Args:
-        length: exposures in an epoch, at least 1.
+        dataset: an :class:`~ldm.data.exposure_set.ExposureSet`, whose indices name exposures of all epochs; or a
+            map-style data set, whose items all have one size.
+        batch_size: exposures in a batch of one rank, at least 1.
         seed: the run's seed.
-        shuffle: draw the order anew for each epoch; otherwise it is 0, 1, 2, ...
+        shuffle: draw the order anew for each epoch; otherwise exposures come as they are, size after size.
         num_replicas: number of ranks.
         rank: this rank, from 0.
-        index_names_epoch: yield ``position + epoch * length``, for data sets that read the epoch from the
-            index; otherwise the bare position.
+        only_epoch: show this epoch's batches in every epoch, for a model that is to overfit on some; None: each
+            epoch its own.
 
     Attributes:
         epoch: the epoch that the next iteration yields, from 0.
-        start: how many of this rank's indices the next iteration passes over.
+        start: how many of its batches the next iteration passes over.
     """
 
     def __init__(
         self,
-        length: int,
+        dataset: Any,
+        batch_size: int,
         seed: int,
         shuffle: bool = True,
         num_replicas: int = 1,
         rank: int = 0,
-        index_names_epoch: bool = False,
+        only_epoch: int | None = None,
     ) -> None:
-        if length < 1:
-            raise ValueError(f"an epoch needs at least 1 exposure, not {length}")
+        if batch_size < 1:
+            raise ValueError(f"a batch needs at least 1 exposure, not {batch_size}")
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank {rank} is not in [0, {num_replicas})")
-        self.length = length
+        self.dataset = dataset
+        self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.num_replicas = num_replicas
         self.rank = rank
-        self.index_names_epoch = index_names_epoch
-        self.epoch = 0
+        self.only_epoch = only_epoch
+        self.epoch = only_epoch or 0
         self.start = 0
+        self._begun: tuple[int, Segments] = (0, ())
+        self._plan: tuple[int, EpochPlan] | None = None
 
     @property
-    def padding(self) -> int:
-        """How many exposures of an epoch are shown twice so that every rank gets as many."""
-        return -self.length % self.num_replicas
+    def together(self) -> int:
+        """Exposures in a batch of all ranks."""
+        return self.batch_size * self.num_replicas
+
+    @property
+    def sampler(self) -> EpochBatches:
+        """This object: the trainer looks here for whom to tell the epoch."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration (the trainer calls this)."""
-        self.epoch = epoch
+        self.epoch = epoch if self.only_epoch is None else self.only_epoch
 
-    def indices(self, epoch: int, start: int = 0) -> list[int]:
-        """List this rank's indices of an epoch.
+    def exposures(self, epoch: int) -> int:
+        """Count the exposures of an epoch."""
+        return self.dataset.epoch_length(epoch) if isinstance(self.dataset, ExposureSet) else len(self.dataset)
+
+    def begin_with(self, epoch: int, segments: Segments) -> None:
+        """Say how an epoch began where the batch size was another then; the rest of it is planned anew.
+
+        Args:
+            epoch: the epoch.
+            segments: exposures in a batch of all ranks, and how many of those batches, in turn.
+        """
+        self._begun = (epoch, tuple(segments))
+        self._plan = None
+
+    def segments(self, epoch: int) -> Segments:
+        """Give what :meth:`begin_with` said of an epoch."""
+        return self._begun[1] if self._begun[0] == epoch else ()
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Plan an epoch's batches of all ranks together; the last plan is kept."""
+        if self._plan is None or self._plan[0] != epoch:
+            sizes = self.dataset.training_sizes(epoch) if isinstance(self.dataset, ExposureSet) else len(self.dataset)
+            plan = plan_epoch(sizes, self.together, self.seed, epoch, self.shuffle, self.segments(epoch))
+            self._plan = (epoch, plan)
+        return self._plan[1]
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
+        """Go through this rank's batches of an epoch.
 
         Args:
             epoch: from 0.
             start: leave out this many from the beginning.
 
-        Returns:
-            Indices, in the order in which they are shown.
+        Yields:
+            Indices into the data set, in the order in which they are shown.
         """
-        if self.shuffle:
-            order = torch.randperm(self.length, generator=keyed_generator("order", self.seed, epoch))
-        else:
-            order = torch.arange(self.length)
-        mine = torch.arange(self.rank, self.length + self.padding, self.num_replicas)[start:] % self.length
-        offset = epoch * self.length if self.index_names_epoch else 0
-        return (order[mine] + offset).tolist()
+        plan = self.plan(epoch)
+        ours = isinstance(self.dataset, ExposureSet)
+        first = self.dataset.epoch_start(epoch) if ours else 0
+        for number in range(start, len(plan)):
+            indices = (plan.batch(number) + first).tolist()
+            share = indices[self.rank :: self.num_replicas]
+            if share:
+                yield share
+            else:
+                yield [Filler(indices[0]) if ours else indices[0]]
 
     def __len__(self) -> int:
-        """Count this rank's indices of a whole epoch, whatever the start is."""
-        return (self.length + self.padding) // self.num_replicas
+        """Count the batches of the whole epoch, whatever the start is."""
+        if self.segments(self.epoch):
+            return len(self.plan(self.epoch))
+        return count_batches(self.dataset, self.together, self.epoch)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices(self.epoch, self.start))
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.batches(self.epoch, self.start)
 
 
 class EpochProgress(Protocol):
@@ -125,7 +154,7 @@ class EpochLoader(DataLoader[Any]):
 
     Args:
         dataset: a map-style data set.
-        sampler: an :class:`EpochSampler`; or what the trainer puts in its place to predict, or to overfit.
+        batch_sampler: an :class:`EpochBatches`; or what the trainer puts in its place to predict.
         progress: where the trainer stands; None: epochs are always iterated whole.
         options: what else :class:`torch.utils.data.DataLoader` takes.
     """
@@ -134,20 +163,19 @@ class EpochLoader(DataLoader[Any]):
         self,
         dataset: Dataset[Any],
         *,
-        sampler: Sampler[int] | None,
+        batch_sampler: Sampler[list[int]] | None = None,
         progress: EpochProgress | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(dataset, sampler=sampler, **options)
+        super().__init__(dataset, batch_sampler=batch_sampler, **options)
         self.progress = progress
 
     def __iter__(self) -> Any:
         return self._batches()
 
     def _batches(self) -> Iterator[Any]:
-        if isinstance(self.sampler, EpochSampler):
-            done = self.progress.batches_done if self.progress is not None else 0
-            self.sampler.start = done * (self.batch_size or 1)
+        if isinstance(self.batch_sampler, EpochBatches):
+            self.batch_sampler.start = self.progress.batches_done if self.progress is not None else 0
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

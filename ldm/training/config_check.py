@@ -50,20 +50,12 @@ _MAPPINGS: Final = (
 """Sections that are mappings; an empty one counts as absent."""
 
 LATER_KEYS: Final[Mapping[str, str]] = {
-    "recursive": "folders below folders",
-    "crop": "placing the crop",
     "long_captions": "captions over 75 tokens",
-    "shuffle_tags": "tag shuffling",
     "cache_latents": "cached latents",
     "optimizer_config": "choosing the optimiser; this version trains with AdamW",
     "cond_lr": "a separate learning rate for the text encoder",
 }
 """Keys that a later version brings, by feature; asked only where the target does not take the key."""
-
-LATER_VALUES: Final[Mapping[tuple[str, str], str]] = {
-    ("resize_mode", "bucket"): "aspect buckets; this version has squash and center_crop",
-}
-"""Values that a later version brings, by feature."""
 
 _OBJECT_KEYS: Final[Mapping[str, str]] = {
     "callbacks": "callbacks belong under lightning.callbacks, each as NAME: {target, params}",
@@ -430,11 +422,7 @@ class _Check:
 
     def value(self, path: str, key: str, value: Any, parameter: Parameter) -> None:
         """Check one value against its parameter."""
-        if value == "???":
-            return
-        if isinstance(value, str) and (key, value) in LATER_VALUES:
-            self.add(path, f"{value} is not in this version of the trainer: it belongs to {LATER_VALUES[key, value]}")
-        elif not fits(value, parameter.annotation):
+        if value != "???" and not fits(value, parameter.annotation):
             self.wrong_type(path, value, parameter.annotation)
 
     def wrong_type(self, path: str, value: Any, annotation: Any) -> None:

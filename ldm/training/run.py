@@ -6,9 +6,10 @@ import logging
 import pdb
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +32,16 @@ from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
 from ldm.training.run_directory import RunDirectory, find_run, new_run_directory
 from ldm.training.stop_signals import Interrupted, StopSignals
-from ldm.training.summary import RunSummary, describe_training_set, empty_limits, model_parts, plan_steps, plural
+from ldm.training.summary import (
+    RunSummary,
+    describe_training_set,
+    empty_limits,
+    model_parts,
+    plan_steps,
+    plural,
+    shown_per_epoch,
+    training_shapes,
+)
 from ldm.training.trainer import build_trainer
 from ldm.util import instantiate_from_config
 
@@ -250,6 +260,9 @@ def _summarise(
     if problems:
         raise ValueError("\n".join(problems))
     _warn_of_cut_captions(model, data)
+    training_batches: int | Callable[[int], int] = batches("train")
+    if getattr(training_set, "epochs_differ", False):
+        training_batches = partial(data.steps_per_epoch, "train", devices)
     return RunSummary(
         run_folder=str(run.directory.path),
         weights=source,
@@ -261,11 +274,13 @@ def _summarise(
         devices=f"{devices} x {trainer.strategy.root_device.type}",
         precision=str(trainer.precision),
         learning_rates=rates,
-        plan=plan_steps(trainer, batches("train"), batches("validation")),
+        plan=plan_steps(trainer, training_batches, batches("validation")),
         parts=model_parts(model),
         seed=run.said["seed"],
         notes=notes,
         is_continued=run.checkpoint is not None,
+        exposures=shown_per_epoch(training_set),
+        shapes=training_shapes(training_set),
     )
 
 

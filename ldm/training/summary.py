@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ class StepPlan:
         accumulate: batches gathered for one optimiser step.
         epochs: epochs that the run is limited to, or None.
         max_steps: optimiser steps that the run is limited to, or None.
+        by_epoch: batches of each epoch on each device, where epochs differ and their number is limited.
     """
 
     training: int
@@ -36,6 +38,7 @@ class StepPlan:
     accumulate: int
     epochs: int | None
     max_steps: int | None
+    by_epoch: Sequence[int] = ()
 
     @property
     def optimiser(self) -> int:
@@ -46,7 +49,9 @@ class StepPlan:
     def total(self) -> int | None:
         """Optimiser steps of the whole run, or None if nothing limits it."""
         limits = [self.max_steps] if self.max_steps is not None else []
-        if self.epochs is not None:
+        if self.by_epoch:
+            limits.append(sum(math.ceil(batches / self.accumulate) for batches in self.by_epoch))
+        elif self.epochs is not None:
             limits.append(self.epochs * self.optimiser)
         return min(limits, default=None)
 
@@ -105,12 +110,12 @@ def empty_limits(trainer: pl.Trainer, batches: Mapping[str, int]) -> list[str]:
     return problems
 
 
-def plan_steps(trainer: pl.Trainer, training_batches: int, validation_batches: int) -> StepPlan:
+def plan_steps(trainer: pl.Trainer, training_batches: int | Callable[[int], int], validation_batches: int) -> StepPlan:
     """Work out the steps of a run from its trainer's limits.
 
     Args:
         trainer: the trainer, not started yet.
-        training_batches: batches of the training set, on each device.
+        training_batches: batches of the training set, on each device; a function of the epoch where epochs differ.
         validation_batches: batches of the validation set, on each device.
 
     Returns:
@@ -121,12 +126,19 @@ def plan_steps(trainer: pl.Trainer, training_batches: int, validation_batches: i
     is_unlimited = trainer.max_steps == -1 and not any(isinstance(c, Timer) for c in _callbacks(trainer))
     if epochs is None and is_unlimited:
         epochs = LIGHTNINGS_EPOCHS
+    limit = overfit if overfit is not None else trainer.limit_train_batches
+    by_epoch: list[int] = []
+    if callable(training_batches):
+        if epochs is not None and epochs > 0:
+            by_epoch = [limited_batches(training_batches(epoch), limit) for epoch in range(epochs)]
+        training_batches = training_batches(0)
     return StepPlan(
-        training=limited_batches(training_batches, overfit if overfit is not None else trainer.limit_train_batches),
+        training=limited_batches(training_batches, limit),
         validation=limited_batches(validation_batches, overfit if overfit is not None else trainer.limit_val_batches),
         accumulate=trainer.accumulate_grad_batches,
         epochs=epochs if epochs != -1 else None,
         max_steps=trainer.max_steps if trainer.max_steps != -1 else None,
+        by_epoch=by_epoch,
     )
 
 
@@ -185,6 +197,8 @@ class RunSummary:
         run_folder: where everything goes.
         weights: where the weights came from.
         images: pictures by subfolder; empty for data sets that do not say.
+        exposures: how often an epoch shows them, by subfolder; empty where all are shown ``repeats`` times.
+        shapes: pictures by the size they are trained at (width, height); empty where there is but one.
         training_set: what the training set is called where it does not list pictures.
         repeats: how often an epoch shows each picture; None for data sets without repeats.
         left_out: files that are not used.
@@ -214,6 +228,8 @@ class RunSummary:
     seed: int
     notes: Sequence[str] = field(default_factory=tuple)
     is_continued: bool = False
+    exposures: Mapping[str, float] = field(default_factory=dict)
+    shapes: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Write the summary.
@@ -230,13 +246,18 @@ class RunSummary:
             total = sum(self.images.values())
             lines.append(f"images: {total} in {plural(len(self.images), 'folder')}")
             width = max(map(len, self.images))
-            lines += [f"    {folder:<{width}}  {count}" for folder, count in self.images.items()]
+            for folder, count in self.images.items():
+                shown = f"  shown {self.exposures[folder]:,g} times an epoch" if folder in self.exposures else ""
+                lines.append(f"    {folder:<{width}}  {count}{shown}")
         else:
             lines.append(f"training set: {self.training_set}")
         if self.left_out:
             lines.append(f"left out: {plural(len(self.left_out), 'file')} (named above)")
         if self.repeats is not None:
             lines.append(f"repeats: {self.repeats}")
+        if len(self.shapes) > 1:
+            most_first = sorted(self.shapes.items(), key=lambda shape: (-shape[1], shape[0]))
+            lines.append("shapes: " + ", ".join(f"{width}x{height} {count}" for (width, height), count in most_first))
         return lines
 
     def _step_lines(self) -> list[str]:
@@ -248,7 +269,7 @@ class RunSummary:
         lines += [f"devices: {self.devices}", f"precision: {self.precision}"]
         lines += [f"learning rate: {text}" for text in self.learning_rates]
         lines += [
-            f"training steps per epoch: {plan.training}",
+            f"training steps per epoch: {plan.training}{_range_of(plan.by_epoch)}",
             f"validation steps per epoch: {plan.validation}",
         ]
         if plan.accumulate > 1:
@@ -274,6 +295,43 @@ class RunSummary:
             f"weights: {self.weights}",
             *self.notes,
         ]
+
+
+def _range_of(by_epoch: Sequence[int]) -> str:
+    """Say how far epochs differ; nothing where they do not."""
+    least, most = min(by_epoch, default=0), max(by_epoch, default=0)
+    return "" if least == most else f" in the first, {least} to {most} in others"
+
+
+def shown_per_epoch(dataset: Any) -> Mapping[str, float]:
+    """Count how often an epoch shows each subfolder's pictures, on average.
+
+    Args:
+        dataset: ``EveryDreamBatch``, or any other data set.
+
+    Returns:
+        Exposures by subfolder, of all subfolders; empty where none has a multiplier.
+    """
+    settings = getattr(dataset, "folder_settings", None) or {}
+    if all(settings[folder].multiply == 1 for folder in settings):
+        return {}
+    return {
+        folder: float(count * dataset.repeats * (settings[folder].multiply if folder in settings else 1))
+        for folder, count in dataset.folder_counts.items()
+    }
+
+
+def training_shapes(dataset: Any) -> Mapping[tuple[int, int], int]:
+    """Count pictures by the size they are trained at.
+
+    Args:
+        dataset: ``EveryDreamBatch``, or any other data set.
+
+    Returns:
+        Pictures by width and height; empty where the data set does not say.
+    """
+    sizes = getattr(dataset, "picture_sizes", None)
+    return {} if sizes is None else Counter((int(width), int(height)) for width, height in sizes)
 
 
 def describe_training_set(dataset: Any) -> tuple[Mapping[str, int], int | None, Sequence[str]]:

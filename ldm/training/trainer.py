@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelChec
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
-from ldm.training.accumulation import ExactAccumulation
+from ldm.training.accumulation import EqualWeights
 from ldm.training.callbacks import Beginning, LastCheckpoint, epoch_checkpoints, model_checkpoint_params
 from ldm.training.checkpoint_io import StreamingCheckpointIO
 from ldm.training.progress import RunProgress
@@ -26,6 +26,7 @@ DEFAULT_CALLBACKS: Final[Mapping[str, Any]] = {
         "params": {"logging_interval": "step"},
     },
     "cuda_callback": {"target": "main.CUDACallback"},
+    "exposure_ledger": {"target": "ldm.training.exposure_ledger.ExposureLedger"},
 }
 """What a run has unless ``lightning.callbacks`` says otherwise of the same name."""
 
@@ -128,7 +129,7 @@ def _build_callbacks(
     validates: bool,
 ) -> list[Callback]:
     """Build all callbacks, the user's included."""
-    callbacks: list[Callback] = [Resumption(), Beginning(), ExactAccumulation(batch_size)]
+    callbacks: list[Callback] = [Resumption(), Beginning(), EqualWeights(batch_size)]
     if arguments.get("enable_progress_bar", True) and not arguments.get("barebones"):
         callbacks.append(RunProgress())
     configs = merged_callbacks(lightning.get("callbacks") or {})

@@ -221,6 +221,7 @@ def test_pictures_of_two_sets_are_decoded_once(root: str, monkeypatch: pytest.Mo
 
 def test_a_picture_that_vanished_is_an_error_that_names_it(root: str) -> None:
     dataset = EveryDreamBatch(root, size=8)
+    assert len(dataset[0]["image"])
     Path(dataset.pictures[0].path).unlink()
     with pytest.raises(OSError, match=r"a cat\.webp"):
         dataset[0]

@@ -1,99 +1,128 @@
-import math
+import pickle
+from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from ldm.data.sampler import EpochLoader, EpochSampler, steps_per_epoch
+from ldm.data.exposure_set import Filler
+from ldm.data.sampler import EpochBatches, EpochLoader
+
+SHAPES = [(64, 64)] * 9 + [(72, 56)] * 5 + [(56, 72)] * 2 + [(128, 32)]
 
 
-def test_an_epoch_has_every_position_once() -> None:
-    assert sorted(EpochSampler(20, seed=1).indices(3)) == list(range(20))
+class Exposures:
+    """Two showings of each of 17 pictures in four shapes."""
+
+    seed = 1
+
+    def epoch_start(self, epoch: int) -> int:
+        return epoch * len(self)
+
+    def epoch_length(self, epoch: int) -> int:
+        return len(self)
+
+    def training_sizes(self, epoch: int) -> np.ndarray:
+        return np.array(SHAPES * 2, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return 2 * len(SHAPES)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"index": int(index), "loss_weight": 0.0 if isinstance(index, Filler) else 1.0}
 
 
-def test_the_order_is_a_function_of_seed_and_epoch() -> None:
-    orders = [EpochSampler(20, seed=seed).indices(epoch) for seed in (1, 2) for epoch in (0, 1)]
-    assert [EpochSampler(20, seed=seed).indices(epoch) for seed in (1, 2) for epoch in (0, 1)] == orders
-    assert len({tuple(order) for order in orders}) == 4
-
-
-def test_the_order_is_the_one_that_earlier_versions_drew() -> None:
-    # Runs that were saved in mid-epoch rely on it.
-    assert EpochSampler(10, seed=23).indices(0) == [9, 7, 4, 2, 0, 1, 8, 3, 6, 5]
-    assert EpochSampler(10, seed=23).indices(1) == [0, 7, 4, 3, 2, 5, 6, 1, 8, 9]
-
-
-def test_the_order_does_not_touch_or_need_the_global_generator() -> None:
-    torch.manual_seed(0)
-    before = torch.random.get_rng_state()
-    first = EpochSampler(20, seed=1).indices(0)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    torch.manual_seed(1)
-    assert EpochSampler(20, seed=1).indices(0) == first
-
-
-def test_indices_name_the_epoch_where_the_data_set_reads_it() -> None:
-    plain = EpochSampler(20, seed=1).indices(3)
-    assert EpochSampler(20, seed=1, index_names_epoch=True).indices(3) == [index + 60 for index in plain]
-
-
-def test_without_shuffling_the_order_is_the_data_sets() -> None:
-    assert EpochSampler(5, seed=1, shuffle=False).indices(2) == [0, 1, 2, 3, 4]
+def ranks_batches(ranks: int, batch_size: int, epoch: int = 0, dataset: Any = None) -> list[list[list[int]]]:
+    """The batches of each rank."""
+    dataset = Exposures() if dataset is None else dataset
+    samplers = [EpochBatches(dataset, batch_size, seed=1, num_replicas=ranks, rank=rank) for rank in range(ranks)]
+    return [list(sampler.batches(epoch)) for sampler in samplers]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_a_global_batch_is_the_same_whatever_the_number_of_ranks(ranks: int) -> None:
-    whole = EpochSampler(24, seed=1).indices(2)
-    shares = [EpochSampler(24, seed=1, num_replicas=ranks, rank=rank).indices(2) for rank in range(ranks)]
-    of_one_rank = 12 // ranks
-    for batch in range(2):
-        together = [index for share in shares for index in share[batch * of_one_rank : (batch + 1) * of_one_rank]]
-        assert sorted(together) == sorted(whole[batch * 12 : (batch + 1) * 12])
+    whole = ranks_batches(1, 12)[0]
+    shares = ranks_batches(ranks, 12 // ranks)
+    together = [
+        [index for share in step for index in share if not isinstance(index, Filler)]
+        for step in zip(*shares, strict=True)
+    ]
+    assert [sorted(step) for step in together] == [sorted(step) for step in whole]
 
 
-@pytest.mark.parametrize(("length", "ranks"), [(10, 3), (7, 4), (2, 5)])
-def test_ranks_get_equally_many_and_together_every_position(length: int, ranks: int) -> None:
-    samplers = [EpochSampler(length, seed=1, num_replicas=ranks, rank=rank) for rank in range(ranks)]
-    shares = [sampler.indices(0) for sampler in samplers]
-    assert {len(share) for share in shares} == {len(samplers[0])} == {math.ceil(length / ranks)}
-    assert set().union(*shares) == set(range(length))
-    assert sum(map(len, shares)) == length + samplers[0].padding
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 4), (2, 3), (3, 2), (5, 1), (8, 4)])
+def test_ranks_do_equally_many_steps_and_together_see_each_exposure_once(ranks: int, batch_size: int) -> None:
+    shares = ranks_batches(ranks, batch_size)
+    assert len({len(share) for share in shares}) == 1
+    assert all(1 <= len(batch) <= batch_size for share in shares for batch in share)
+    seen = Counter(index for share in shares for batch in share for index in batch if not isinstance(index, Filler))
+    assert seen == Counter(range(34))
 
 
-def test_one_rank_never_pads() -> None:
-    assert EpochSampler(7, seed=1).padding == 0
+def test_ranks_without_a_picture_of_a_short_batch_get_a_filler_of_its_size() -> None:
+    shares = ranks_batches(8, 4)
+    fillers = [index for share in shares for batch in share for index in batch if isinstance(index, Filler)]
+    assert fillers
+    sizes = Exposures().training_sizes(0)
+    for step in zip(*shares, strict=True):
+        assert len({tuple(sizes[index]) for batch in step for index in batch}) == 1
+
+
+def test_a_filler_is_the_same_item_without_weight_also_from_another_process() -> None:
+    filler = pickle.loads(pickle.dumps(Filler(7)))
+    assert Exposures()[filler] == {"index": 7, "loss_weight": 0.0}
+
+
+def test_data_sets_of_other_projects_show_an_exposure_once_more_instead() -> None:
+    shares = ranks_batches(3, 2, dataset=TensorDataset(torch.arange(7)))
+    seen = [index for share in shares for batch in share for index in batch]
+    assert not any(isinstance(index, Filler) for index in seen)
+    assert set(seen) == set(range(7))
+    assert len({len(share) for share in shares}) == 1
+
+
+def test_indices_name_the_exposures_of_their_epoch() -> None:
+    seen = {index for batch in ranks_batches(1, 4, epoch=3)[0] for index in batch}
+    assert seen == set(range(3 * 34, 4 * 34))
 
 
 def test_a_start_leaves_the_rest_of_the_order() -> None:
-    sampler = EpochSampler(10, seed=1, num_replicas=3, rank=2)
-    assert sampler.indices(4, start=3) == sampler.indices(4)[3:]
+    sampler = EpochBatches(Exposures(), 4, seed=1, num_replicas=3, rank=2)
+    assert list(sampler.batches(4, start=2)) == list(sampler.batches(4))[2:]
 
 
 def test_the_length_is_that_of_the_whole_epoch_whatever_the_start() -> None:
-    sampler = EpochSampler(10, seed=1)
+    sampler = EpochBatches(Exposures(), 4, seed=1)
     sampler.start = 8
-    assert (len(sampler), len(list(sampler))) == (10, 2)
+    assert (len(sampler), len(list(sampler))) == (5 + 3 + 1 + 1, 2)
 
 
-@pytest.mark.parametrize("arguments", [{"length": 0}, {"length": 5, "num_replicas": 2, "rank": 2}])
+def test_an_epoch_that_began_with_another_batch_size_does_not_repeat_what_it_showed() -> None:
+    first = EpochBatches(Exposures(), 4, seed=1)
+    sampler = EpochBatches(Exposures(), 3, seed=1, num_replicas=2, rank=0)
+    other = EpochBatches(Exposures(), 3, seed=1, num_replicas=2, rank=1)
+    seen = [index for batch in list(first.batches(2))[:5] for index in batch]
+    for rank in (sampler, other):
+        rank.set_epoch(2)
+        rank.begin_with(2, [(4, 5)])
+        seen += [index for batch in rank.batches(2, start=5) for index in batch if not isinstance(index, Filler)]
+    assert sorted(seen) == list(range(68, 102))
+    assert len(sampler) == len(list(sampler.batches(2)))
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 5, "num_replicas": 2, "rank": 2}])
 def test_impossible_arguments_are_errors(arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError):
-        EpochSampler(seed=1, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("exposures", "batch_size", "ranks", "steps"),
-    [(5000, 6, 1, 834), (500, 6, 1, 84), (6, 6, 1, 1), (7, 6, 1, 2), (5000, 6, 2, 417), (13, 2, 4, 2)],
-)
-def test_steps_round_up(exposures: int, batch_size: int, ranks: int, steps: int) -> None:
-    assert steps_per_epoch(exposures, batch_size, ranks) == steps
+        EpochBatches(Exposures(), seed=1, **arguments)
 
 
 def test_steps_are_the_loaders_length() -> None:
-    for exposures, batch_size, ranks in ((13, 2, 4), (10, 3, 1), (12, 3, 2)):
-        sampler = EpochSampler(exposures, seed=1, num_replicas=ranks)
-        loader = EpochLoader(TensorDataset(torch.arange(exposures)), sampler=sampler, batch_size=batch_size)
-        assert len(loader) == steps_per_epoch(exposures, batch_size, ranks)
+    for batch_size, ranks in ((2, 4), (3, 1), (3, 2)):
+        sampler = EpochBatches(Exposures(), batch_size, seed=1, num_replicas=ranks)
+        loader = EpochLoader(Exposures(), batch_sampler=sampler)  # type: ignore[arg-type]
+        assert len(loader) == len(list(loader)) == len(sampler.plan(0))
 
 
 class Progress:
@@ -102,16 +131,21 @@ class Progress:
 
 def test_a_loader_reads_epoch_and_position_when_the_first_batch_is_asked_for() -> None:
     progress = Progress()
-    sampler = EpochSampler(10, seed=1)
-    loader = EpochLoader(TensorDataset(torch.arange(10)), sampler=sampler, progress=progress, batch_size=3)
+    sampler = EpochBatches(TensorDataset(torch.arange(10)), 3, seed=1)
+    loader = EpochLoader(sampler.dataset, batch_sampler=sampler, progress=progress)
     iterator = iter(loader)
     sampler.set_epoch(5)
     progress.batches_done = 2
-    shown = [index for (batch,) in iterator for index in batch.tolist()]
-    assert shown == sampler.indices(5)[6:]
+    shown = [batch.tolist() for (batch,) in iterator]
+    assert shown == list(sampler.batches(5))[2:]
     assert len(loader) == 4
 
 
 def test_the_last_short_batch_is_kept() -> None:
-    loader = EpochLoader(TensorDataset(torch.arange(10)), sampler=EpochSampler(10, seed=1), batch_size=4)
-    assert [len(batch) for (batch,) in loader] == [4, 4, 2]
+    sampler = EpochBatches(TensorDataset(torch.arange(10)), 4, seed=1)
+    assert [len(batch) for (batch,) in EpochLoader(sampler.dataset, batch_sampler=sampler)] == [4, 4, 2]
+
+
+def test_the_trainer_finds_whom_to_tell_the_epoch() -> None:
+    sampler = EpochBatches(Exposures(), 4, seed=1)
+    assert EpochLoader(Exposures(), batch_sampler=sampler).batch_sampler.sampler is sampler  # type: ignore[arg-type]

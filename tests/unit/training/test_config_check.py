@@ -289,13 +289,6 @@ def test_a_precision_that_rounds_the_weights_is_refused(check: Check, precision:
     assert all(name in problem for name in (precision, "32-true", "bf16-mixed", "16-mixed"))
 
 
-def test_a_value_of_a_later_version_is_named_as_such(check: Check) -> None:
-    assert check("data.params.train.params.resize_mode=bucket") == [
-        "data.params.train.params.resize_mode: bucket is not in this version of the trainer: it belongs to aspect "
-        "buckets; this version has squash and center_crop"
-    ]
-
-
 def test_a_key_of_a_later_version_is_named_as_such(check: Check) -> None:
     assert check("data.params.train.params.cache_latents=disk") == [
         "data.params.train.params.cache_latents: is not in this version of the trainer: it belongs to cached latents; "
