@@ -6,7 +6,8 @@ A condition is a tensor, a list of tensors, or a dictionary that says how each p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,11 @@ def as_arguments(cond: Condition, conditioning_key: str | None) -> dict[str, Any
 
 
 def batch_together(first: Condition, second: Condition) -> Condition:
-    """Put two conditions of one shape into one batch, the first one's pictures first.
+    """Put two conditions of one form into one batch, the first one's pictures first.
+
+    Captions may have been encoded to different numbers of tokens: each side's tokens are then repeated whole to one
+    length, which leaves what is attended to as it is (see
+    :class:`~ldm.modules.encoders.modules.FrozenCLIPEmbedder`).
 
     Raises:
         ValueError: the two are of different kinds.
@@ -46,12 +51,27 @@ def batch_together(first: Condition, second: Condition) -> Condition:
     if first is None and second is None:
         return None
     if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if _are_tokens([first, second]) and first.shape[1] != second.shape[1]:
+            length = math.lcm(first.shape[1], second.shape[1])
+            first, second = (tokens.repeat(1, length // tokens.shape[1], 1) for tokens in (first, second))
         return torch.cat([first, second])
     if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
         return {key: batch_together(first[key], second[key]) for key in first}
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
+        if len(first) > 1 and _are_tokens([*first, *second]) and _lengths(first) != _lengths(second):
+            # All are attended to together, so together they have to be repeated.
+            return [batch_together(torch.cat(list(first), dim=1), torch.cat(list(second), dim=1))]
         return [batch_together(a, b) for a, b in zip(first, second, strict=True)]
     raise ValueError("conditioning and unconditional_conditioning must have the same form to guide by them")
+
+
+def _are_tokens(parts: Sequence[Any]) -> bool:
+    """Tell whether all parts are tokens (B, L, D); maps have four dimensions, labels one."""
+    return all(isinstance(part, Tensor) and part.ndim == 3 for part in parts)
+
+
+def _lengths(parts: Sequence[Tensor]) -> list[int]:
+    return [part.shape[1] for part in parts]
 
 
 def guided_output(

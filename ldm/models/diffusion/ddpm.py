@@ -677,6 +677,11 @@ class LatentDiffusion(DDPM):
                 self.cond_stage_trainable = False
             if self.cond_stage_model is not None:
                 self.cond_stage_model.requires_grad_(self.cond_stage_trainable)
+        if self.shorten_cond_schedule and getattr(self.cond_stage_model, "long_captions", "cut") == "chunk":
+            raise ValueError(
+                "model.params: num_timesteps_cond above 1 noises the copies that long_captions: chunk makes apart; "
+                "leave one of them out"
+            )
         self.clip_denoised = False
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.modules.encoders.tokenizer import build_tokenizer
+from ldm.modules.encoders.tokenizer import build_tokenizer, split_into_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ CLIP_VIT_L_14_TEXT: Mapping[str, Any] = {
     "projection_dim": 768,
 }
 """The numbers of Stable Diffusion v1's text encoder, openai/clip-vit-large-patch14."""
+
+MOST_CHUNKS: Final = 3
+"""Chunks of a long caption: 3 of 75 tokens are 225."""
 
 
 class AbstractEncoder(nn.Module):
@@ -116,6 +120,12 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     Built from numbers, never downloaded; its weights come from the checkpoint. In spite of its name it is
     trained where ``cond_stage_trainable`` says so: that name is a contract.
 
+    Long captions: with ``long_captions: chunk`` a caption of more than 75 tokens becomes up to three chunks, each with
+    begin and end of its own and encoded by itself; their hidden states are put one behind the other, as web UIs do. In
+    a batch of captions of several lengths, each one's states are repeated whole up to the least common multiple of the
+    lengths. No mask is needed: among k copies of the same keys each copy gets 1/k of the attention that one alone
+    would get, so what is attended to is the same, and so is a picture's gradient, whatever is in its batch.
+
     Args:
         version: the model whose numbers to use; only ``openai/clip-vit-large-patch14`` is known.
         device: accepted for CompVis configs; the module lives where its parameters are.
@@ -127,10 +137,12 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         layer_idx: which hidden states, for ``hidden``: 0 the embeddings, -1 the last layer's.
         clip_skip: leave out that many of the last layers, for ``last``; models trained with web UIs' "clip skip 2"
             need 1.
+        long_captions: ``cut`` leaves out what goes beyond one chunk of ``max_length`` tokens; ``chunk`` encodes up to
+            three.
 
     Raises:
-        ValueError: unknown ``version`` without ``text_config``, more tokens than positions, or a layer that is not
-            there.
+        ValueError: unknown ``version`` without ``text_config``, more tokens than positions, a layer that is not
+            there, or another word for ``long_captions``.
 
     Reference:
         Radford et al. 2021, arXiv 2103.00020, section 2.4.
@@ -146,8 +158,11 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         layer: str = "last",
         layer_idx: int | None = None,
         clip_skip: int = 0,
+        long_captions: Literal["cut", "chunk"] = "cut",
     ) -> None:
         super().__init__()
+        if long_captions not in ("cut", "chunk"):
+            raise ValueError(f"cond_stage_config: long_captions is '{long_captions}'; use cut or chunk")
         if text_config is None:
             if version != "openai/clip-vit-large-patch14":
                 raise ValueError(
@@ -165,6 +180,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.layer = layer
         self.layer_idx = layer_idx
         self.clip_skip = clip_skip
+        self.long_captions = long_captions
         self.max_length = max_length
         self.transformer = _TextTransformer(config)
         self.frozen = freeze
@@ -178,6 +194,11 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.eval()
         self.requires_grad_(False)
 
+    @property
+    def most_caption_tokens(self) -> int:
+        """Most tokens of a caption that are encoded, begin and end tokens left out; what goes beyond is cut."""
+        return (self.max_length - 2) * (MOST_CHUNKS if self.long_captions == "chunk" else 1)
+
     def cut_captions(self, captions: Sequence[str]) -> dict[str, str]:
         """Find captions that are too long; :meth:`tokenize` then cuts them without naming them once more.
 
@@ -188,12 +209,11 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             What each such caption loses, by caption.
         """
         tokenizer = build_tokenizer()
-        room = self.max_length - 2
         cut = {}
         for caption in captions:
             ids = tokenizer.backend_tokenizer.encode(caption, add_special_tokens=False).ids
-            if len(ids) > room:
-                cut[caption] = tokenizer.decode(ids[room:]).strip()
+            if len(ids) > self.most_caption_tokens:
+                cut[caption] = tokenizer.decode(ids[self.most_caption_tokens :]).strip()
         self._reported_captions.update(cut)
         return cut
 
@@ -204,44 +224,87 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             captions: B texts; an empty one is the unconditional prompt.
 
         Returns:
-            int64 (B, max_length) on the CPU: begin token, text, then end tokens up to the length.
+            int64 (B, max_length) on the CPU: begin token, text, then end tokens up to the length. With
+            ``long_captions: chunk`` as many such chunks in a row as the batch needs: (B, n * max_length).
+        """
+        chunks, order = self._tokenize_chunks(captions)
+        return chunks[order].flatten(1)
+
+    def _tokenize_chunks(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Turn captions into chunks of token ids.
+
+        Args:
+            captions: B texts.
+
+        Returns:
+            int64 (chunks, max_length), all captions' chunks; and int64 (B, n), which of them make up each caption,
+            repeated whole to one length.
         """
         tokenizer = build_tokenizer()
-        room = self.max_length - 2
-        rows = []
+        rows: list[list[int]] = []
+        numbers: list[range] = []
         for caption in captions:
             ids = tokenizer.backend_tokenizer.encode(caption, add_special_tokens=False).ids
-            if len(ids) > room and caption not in self._reported_captions:
+            if len(ids) > self.most_caption_tokens and caption not in self._reported_captions:
                 self._reported_captions.add(caption)
                 logger.warning(
                     "caption of %d tokens cut to %d: '%s' loses '%s'",
                     len(ids),
-                    room,
+                    self.most_caption_tokens,
                     caption,
-                    tokenizer.decode(ids[room:]).strip(),
+                    tokenizer.decode(ids[self.most_caption_tokens :]).strip(),
                 )
-            begun = [tokenizer.bos_token_id, *ids[:room]]
-            rows.append(begun + [tokenizer.eos_token_id] * (self.max_length - len(begun)))
-        return torch.tensor(rows, dtype=torch.int64)
+            first = len(rows)
+            for chunk in split_into_chunks(
+                ids, self.max_length - 2, MOST_CHUNKS if self.long_captions == "chunk" else 1
+            ):
+                begun = [tokenizer.bos_token_id, *chunk]
+                rows.append(begun + [tokenizer.eos_token_id] * (self.max_length - len(begun)))
+            numbers.append(range(first, len(rows)))
+        together = math.lcm(*map(len, numbers))
+        order = [list(each) * (together // len(each)) for each in numbers]
+        return torch.tensor(rows, dtype=torch.int64), torch.tensor(order, dtype=torch.int64)
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """Encode captions, or token ids that are there already.
 
         Args:
-            text: one caption, B captions, or int64 (B, L) token ids.
+            text: one caption, B captions, or int64 (B, L) token ids; more than ``max_length`` of these are chunks
+                in a row, as :meth:`tokenize` gives them.
 
         Returns:
-            (B, L, hidden_size) hidden states, or (B, 1, hidden_size) for ``pooled``.
+            (B, L, hidden_size) hidden states, or (B, 1, hidden_size) for ``pooled``; with ``long_captions: chunk``
+            n times as many, n being the least common multiple of the captions' chunks.
+
+        Raises:
+            ValueError: token ids that are no whole number of chunks.
         """
         if isinstance(text, Tensor):
-            tokens = text
-        else:
-            tokens = self.tokenize([text] if isinstance(text, str) else text)
-        device = self.transformer.text_model.embeddings.token_embedding.weight.device
+            if text.shape[1] <= self.max_length:
+                return self._encode(text)
+            if text.shape[1] % self.max_length:
+                raise ValueError(
+                    f"{text.shape[1]} token ids are no whole number of chunks of {self.max_length}; give the output of "
+                    "tokenize()"
+                )
+            return self._encode(text.reshape(-1, self.max_length)).unflatten(0, (len(text), -1)).flatten(1, 2)
+        chunks, order = self._tokenize_chunks([text] if isinstance(text, str) else text)
+        if len(chunks) == len(order):
+            return self._encode(chunks)
+        order = order.to(self._device)  # first: such a copy waits for all that the device was given before it
+        return self._encode(chunks)[order].flatten(1, 2)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.transformer.text_model.embeddings.token_embedding.weight.device
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        """Encode chunks of token ids (N, L) to hidden states (N, L, hidden_size), or (N, 1, hidden_size)."""
+        tokens = tokens.to(self._device)
         text_model = self.transformer.text_model
         if self.layer == "last" and self.clip_skip == 0:
-            return text_model(input_ids=tokens.to(device)).last_hidden_state
-        output = text_model(input_ids=tokens.to(device), output_hidden_states=True)
+            return text_model(input_ids=tokens).last_hidden_state
+        output = text_model(input_ids=tokens, output_hidden_states=True)
         if self.layer == "pooled":
             return output.pooler_output[:, None]
         if self.layer == "hidden":

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 from transformers import CLIPTokenizer
 
 VOCABULARY_SIZE = 49408
 BEGIN_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
+
+COMMA: Final = 267
+"""Id of a comma that stands alone."""
+
+COMMA_REACH: Final = 20
+"""How many tokens before a chunk's end a comma may stand for the chunk to end behind it."""
 
 
 def _vocabulary_path() -> Path:
@@ -54,3 +62,36 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)}, merges=[tuple(merge.split()) for merge in merges]
     )
+
+
+def split_into_chunks(ids: Sequence[int], room: int, most: int) -> list[list[int]]:
+    """Split a caption into chunks that are encoded separately, as web UIs split long prompts.
+
+    A chunk ends behind the last comma of its last :data:`COMMA_REACH` tokens, so that no phrase is torn; without one
+    there, or where the rest would then no longer fit, it is filled up.
+
+    Args:
+        ids: the caption's token ids, begin and end left out.
+        room: most ids of a chunk.
+        most: most chunks.
+
+    Returns:
+        At least one chunk, and at most ``most``; together they are the first ``room * most`` ids, in order.
+    """
+    rest = list(ids[: room * most])
+    chunks: list[list[int]] = []
+    while len(rest) > room:
+        end = _chunk_end(rest, room, room * (most - len(chunks) - 1))
+        chunks.append(rest[:end])
+        rest = rest[end:]
+    return [*chunks, rest]
+
+
+def _chunk_end(ids: Sequence[int], room: int, room_after: int) -> int:
+    """Find where the first chunk ends of more ids than it has room for; what follows has to fit into ``room_after``."""
+    if ids[room] == COMMA:  # it begins the next chunk, and closes a phrase that fills this one
+        return room
+    for end in range(room, max(room - COMMA_REACH, 0), -1):
+        if ids[end - 1] == COMMA and len(ids) - end <= room_after:
+            return end
+    return room

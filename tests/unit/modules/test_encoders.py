@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldm.modules.encoders.modules import ClassEmbedder, FrozenCLIPEmbedder, SpatialRescaler
+from ldm.modules.encoders.tokenizer import build_tokenizer, split_into_chunks
 from ldm.util import instantiate_from_config
 from tests.unit.models.small import text_config
 
@@ -115,3 +116,116 @@ def test_layers_that_are_not_there_are_errors(params, message):
 def test_a_frozen_encoder_stays_so():
     encoder = build_encoder(freeze=True)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+COMMA, WORD = 267, 500
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths"),
+    [
+        ([], [0]),
+        ([WORD] * 75, [75]),
+        ([WORD] * 76, [75, 1]),
+        ([WORD] * 225, [75, 75, 75]),
+        ([WORD] * 300, [75, 75, 75]),
+        ([WORD] * 60 + [COMMA] + [WORD] * 40, [61, 40]),
+        ([WORD] * 60 + [COMMA] + [WORD] * 5 + [COMMA] + [WORD] * 40, [67, 40]),
+        ([WORD] * 55 + [COMMA] + [WORD] * 40, [56, 40]),
+        ([WORD] * 54 + [COMMA] + [WORD] * 40, [75, 20]),  # out of reach
+        ([WORD] * 60 + [COMMA] + [WORD] * 14 + [COMMA] + [WORD] * 40, [75, 41]),  # closes what fills the chunk
+        ([WORD] * 60 + [COMMA] + [WORD] * 70 + [COMMA] + [WORD] * 40, [61, 71, 40]),
+        ([WORD] * 60 + [COMMA] + [WORD] * 150, [61, 75, 75]),
+        ([WORD] * 60 + [COMMA] + [WORD] * 151, [75, 75, 62]),  # the rest would not fit into two
+    ],
+)
+def test_a_long_caption_is_split_behind_a_late_comma_where_the_rest_still_fits(ids, lengths):
+    numbered = [token if token == COMMA else 1000 + place for place, token in enumerate(ids)]
+    chunks = split_into_chunks(numbered, 75, 3)
+    assert [len(chunk) for chunk in chunks] == lengths
+    assert [token for chunk in chunks for token in chunk] == numbered[:225]
+
+
+def test_the_split_looks_for_the_vocabularys_comma():
+    tokenizer = build_tokenizer()
+    assert tokenizer.backend_tokenizer.encode("a cat, a dog", add_special_tokens=False).ids[2] == COMMA
+
+
+def caption_of(tokens: int) -> str:
+    """A caption of so many tokens."""
+    return " ".join(["cat", "dog", "hat"][place % 3] for place in range(tokens))
+
+
+LONG = {"one": "a cat", "two": caption_of(100), "three": caption_of(200), "empty": ""}
+CHUNKED = [{}, {"clip_skip": 1}, {"layer": "hidden", "layer_idx": 1}, {"layer": "pooled"}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("params", CHUNKED)
+def test_chunks_are_encoded_by_themselves_and_put_one_behind_the_other(params):
+    chunked, plain = build_encoder(long_captions="chunk", **params), build_encoder(**params)
+    states = chunked(caption_of(200))
+    expected = torch.cat([plain([text]) for text in (caption_of(75), caption_of(75), caption_of(50))], dim=1)
+    assert torch.allclose(states, expected, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("params", CHUNKED)
+def test_shorter_captions_of_a_batch_are_repeated_whole(params):
+    chunked = build_encoder(long_captions="chunk", **params)
+    together = chunked(list(LONG.values()))
+    for row, caption in enumerate(LONG.values()):
+        alone = chunked([caption])
+        times = together.shape[1] // alone.shape[1]
+        assert times * alone.shape[1] == together.shape[1]
+        assert torch.allclose(together[row : row + 1], alone.repeat(1, times, 1), atol=1e-6)
+
+
+@torch.no_grad()
+def test_chunked_captions_and_their_token_ids_are_encoded_alike():
+    chunked = build_encoder(long_captions="chunk")
+    tokens = chunked.tokenize(list(LONG.values()))
+    assert tokens.shape == (4, 6 * 77)
+    assert torch.allclose(chunked(list(LONG.values())), chunked(tokens), atol=1e-6)
+    with pytest.raises(ValueError, match="no whole number of chunks of 77"):
+        chunked(tokens[:, :100])
+
+
+@torch.no_grad()
+def test_short_captions_are_encoded_as_without_chunks_to_the_bit():
+    captions = ["a cat", "", caption_of(75)]
+    assert torch.equal(build_encoder(long_captions="chunk")(captions), build_encoder()(captions))
+
+
+def test_all_chunks_of_a_batch_go_through_the_text_encoder_together():
+    chunked = build_encoder(long_captions="chunk")
+    shapes = []
+    chunked.transformer.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    chunked(list(LONG.values()))
+    assert shapes == [(7, 77)]
+
+
+def test_chunks_are_as_long_as_max_length_says():
+    chunked = build_encoder(long_captions="chunk", max_length=22)
+    assert chunked.most_caption_tokens == 60
+    assert chunked.tokenize([caption_of(25)]).shape == (1, 44)
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("cut", 75), ("chunk", 225)])
+def test_what_goes_beyond_the_last_chunk_is_named(mode, kept, caplog):
+    encoder = build_encoder(long_captions=mode)
+    fits, long = caption_of(kept), caption_of(kept + 2)
+    assert encoder.cut_captions([fits, long]) == {long: "cat dog"}
+    with caplog.at_level(logging.WARNING):
+        encoder.tokenize([long])
+        build_encoder(long_captions=mode).tokenize([fits, long])
+    assert [record.getMessage()[:30] for record in caplog.records] == [
+        f"caption of {kept + 2} tokens cut to {kept}"[:30]
+    ]
+
+
+def test_another_word_for_long_captions_is_refused():
+    with pytest.raises(ValueError, match="long_captions is 'split'; use cut or chunk"):
+        build_encoder(long_captions="split")
