@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from typing import TYPE_CHECKING, Final
 
@@ -13,9 +12,23 @@ PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".jfif")
 """The file types that count as pictures, in lower case; any case is accepted."""
 
 
+def picture_stem(file_name: str) -> str | None:
+    """Take a picture's suffix, of any case, off its file name.
+
+    Args:
+        file_name: the file's name, without its folder.
+
+    Returns:
+        What precedes the suffix; None where the name is no picture's.
+    """
+    stem, _, suffix = file_name.rpartition(".")
+    # Dots alone in front make a hidden file without a suffix.
+    return stem if f".{suffix.lower()}" in PICTURE_SUFFIXES and stem.strip(".") else None
+
+
 def is_picture_name(file_name: str) -> bool:
     """Say whether a file name ends like a picture's, in any case."""
-    return os.path.splitext(file_name)[1].lower() in PICTURE_SUFFIXES
+    return picture_stem(file_name) is not None
 
 
 def caption_from_file_name(file_name: str) -> str:
@@ -32,8 +45,8 @@ def caption_from_file_name(file_name: str) -> str:
         The caption in Unicode's composed form (macOS stores names decomposed, which would tokenise
         differently); empty where nothing precedes the first underscore.
     """
-    stem = os.path.splitext(file_name)[0] if is_picture_name(file_name) else file_name
-    return unicodedata.normalize("NFC", stem.split("_", 1)[0]).strip()
+    stem = picture_stem(file_name)
+    return unicodedata.normalize("NFC", (file_name if stem is None else stem).partition("_")[0]).strip()
 
 
 def shuffled_tags(caption: str, keep_tags: int, generator: torch.Generator) -> str:

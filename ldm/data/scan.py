@@ -270,12 +270,13 @@ class _Walk:
         names = [_composed(name) for name in folder.pictures]
         if len(set(names)) < len(names):
             self.note_twins(folder, names)
-        stems = [os.path.splitext(name)[0] for name in names]
+        stems = [name.rpartition(".")[0] for name in names]
         self.note_orphans(folder, frozenset(stems))
         listed = self.read_lists(folder, frozenset(names))
         with_sidecars = any(folder.sidecars)
         read: dict[str, tuple[str, str]] = {}  # pictures of one stem share a sidecar
         pictures = []
+        path_prefix, name_prefix = os.path.join(folder.path, ""), _composed(f"{folder.name}/")
         for file_name, name, stem in zip(folder.pictures, names, stems, strict=True):
             found = (read.get(stem) or self.read_own(folder, stem)) if with_sidecars else None
             if found is not None:
@@ -284,9 +285,7 @@ class _Walk:
                 found = (listed[name].text, "jsonl")
             else:
                 found = (caption_from_file_name(name), "file name")
-            pictures.append(
-                Picture(os.path.join(folder.path, file_name), _composed(f"{folder.name}/{name}"), folder.name, *found)
-            )
+            pictures.append(Picture(path_prefix + file_name, name_prefix + name, folder.name, *found))
         return pictures
 
     def note_twins(self, folder: _Folder, names: Sequence[str]) -> None:
