@@ -32,7 +32,7 @@ from ldm.data.image_transform import (
 from ldm.data.picture_header import PictureHeader, read_headers
 from ldm.data.repeats import Repeats, ShownFolder
 from ldm.data.scan import FolderSettings, Picture, scan_data_root
-from ldm.exposure import exposure_row, item_id, keyed_generator, uniform, uniform_pair
+from ldm.exposure import EXPOSURE_COLUMNS, exposure_row, item_id, keyed_generator, uniform, uniform_pair
 
 logger = logging.getLogger(__name__)
 
@@ -349,6 +349,28 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
             "training_size": torch.tensor([width, height], dtype=torch.int64),
             "crop": torch.tensor(placement.box, dtype=torch.float64),
             "flip": placement.flip,
+        }
+
+    def replay(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Show an exposure again, as the ledger of a run has it.
+
+        Args:
+            entry: from :func:`ldm.ledger.read_ledger`; of a run with this set's ``resize_mode`` and ``interpolation``.
+
+        Returns:
+            The item that the model was trained on: the same numbers, as long as the file is the same.
+
+        Raises:
+            OSError: the picture cannot be read.
+        """
+        left, top, right, bottom = entry["crop"]
+        width, height = entry["size"]
+        return {
+            **self.read_pixels(entry["path"], Placement((width, height), (left, top, right, bottom), entry["flip"])),
+            "caption": entry["caption"],
+            "dropped": entry["dropped"],
+            "exposure": exposure_row(*(entry[column] for column in EXPOSURE_COLUMNS)),
+            "loss_weight": torch.tensor(entry["loss_weight"], dtype=torch.float32),
         }
 
     def __getitem__(self, index: int) -> dict[str, Any]:

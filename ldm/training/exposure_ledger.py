@@ -10,8 +10,7 @@ from typing import Any, Final
 import pytorch_lightning as pl
 from torch import Tensor
 
-from ldm.data.ledger import keep_entries_before, ledger_entries, write_entries
-from ldm.data.resume import TrainerProgress
+from ldm.ledger import keep_entries_before, ledger_entries, write_entries
 
 logger = logging.getLogger(__name__)
 
@@ -32,25 +31,33 @@ class ExposureLedger(pl.Callback):
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-
-    def _file(self, trainer: pl.Trainer) -> Path:
-        name = LEDGER if trainer.global_rank == 0 else f"exposure.rank{trainer.global_rank}.jsonl"
-        return Path(trainer.default_root_dir) / name
+        self._file: Path | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take out what comes again."""
-        if not self.enabled or not Path(trainer.default_root_dir).is_dir():
+        # The other ranks have named a folder of their own, by the time at which they started.
+        folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir)))
+        if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        again = keep_entries_before(self._file(trainer), trainer.current_epoch, TrainerProgress(trainer).batches_done)
+        rank = trainer.global_rank
+        file = folder / (LEDGER if rank == 0 else f"exposure.rank{rank}.jsonl")
+        file.parent.mkdir(parents=True, exist_ok=True)  # on another node it may not be there
+        batches_done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        again = keep_entries_before(file, trainer.current_epoch, batches_done)
         if again:
-            logger.info("%s: %d exposures after the checkpoint come again", self._file(trainer).name, again)
+            logger.info("%s: %d exposures after the checkpoint come again", file.name, again)
+        self._file = file
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write a batch's exposures down."""
-        if not self.enabled or not isinstance(batch, Mapping) or not all(key in batch for key in NEEDED):
+        if self._file is None or not isinstance(batch, Mapping) or not all(key in batch for key in NEEDED):
             return
         on_cpu = {key: value.cpu() if isinstance(value := batch[key], Tensor) else value for key in NEEDED}
         place = {"batch": batch_idx, "step": trainer.global_step}
-        write_entries(self._file(trainer), [{**entry, **place} for entry in ledger_entries(on_cpu)])
+        try:
+            write_entries(self._file, [{**entry, **place} for entry in ledger_entries(on_cpu)])
+        except OSError as error:
+            logger.warning("%s cannot be written, and is not kept any more: %s", self._file, error)
+            self._file = None

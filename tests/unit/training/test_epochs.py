@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.every_dream import EveryDreamBatch
-from ldm.data.ledger import read_ledger, replay
+from ldm.ledger import read_ledger
 from tests.unit.training.toy import ToyDiffusion
 from tests.unit.training.toy_run import ToyRun, prepare_toy_run, toy_run
 
@@ -116,7 +116,7 @@ def test_an_entry_replayed_is_what_the_model_was_trained_on(shapes: Path, tmp_pa
     assert len(entries) == len(keep.items) == 60
     assert len({entry["flip"] for entry in entries}) == len({entry["dropped"] for entry in entries}) == 2
     for entry, item in zip(entries, keep.items, strict=True):
-        again = replay(dataset, entry)
+        again = dataset.replay(entry)
         assert again.keys() == item.keys()
         assert torch.equal(torch.as_tensor(again["image"]), item["image"])
         assert torch.equal(again["exposure"], item["exposure"])

@@ -201,7 +201,7 @@ def test_a_folder_that_another_run_takes_meanwhile_is_left_to_it(
     first, second = sorted(Path("logs").iterdir())
     assert second.name == f"{first.name}-2"
     assert not list((first / "checkpoints").iterdir())
-    assert {path.name for path in second.iterdir()} == {"checkpoints", "configs", "images", "tensorboard"}
+    assert {path.name for path in second.iterdir()} == {"checkpoints", "configs", "exposure.jsonl", "images", "tensorboard"}
     assert (second / "checkpoints" / "last.ckpt").is_file()
     text = capsys.readouterr().out
     assert f"run folder: {second}\n" in text

@@ -1,4 +1,8 @@
-"""The exposure ledger: what a run showed its model, line by line, so that it can be counted and shown again."""
+"""The exposure ledger: what a run showed its model, line by line, so that it can be counted and shown again.
+
+:meth:`ldm.data.every_dream.EveryDreamBatch.replay` shows an entry again. A leaf: runs write ledgers, data sets
+replay them, and neither knows the other.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from ldm.data.image_transform import Placement
 from ldm.exposure import EXPOSURE_COLUMNS
-
-if TYPE_CHECKING:
-    from ldm.data.every_dream import EveryDreamBatch
 
 
 def ledger_entries(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -107,28 +105,3 @@ def keep_entries_before(path: Path, epoch: int, batch: int) -> int:
         os.fsync(file.fileno())
     rewritten.replace(path)
     return dropped
-
-
-def replay(dataset: EveryDreamBatch, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Show an exposure again, as the ledger has it.
-
-    Args:
-        dataset: a data set with the same ``resize_mode`` and ``interpolation`` as the run's.
-        entry: from :func:`read_ledger`.
-
-    Returns:
-        The item that the model was trained on: the same numbers, as long as the picture is the same.
-
-    Raises:
-        OSError: the picture cannot be read.
-    """
-    left, top, right, bottom = entry["crop"]
-    width, height = entry["size"]
-    item = dataset.read_pixels(entry["path"], Placement((width, height), (left, top, right, bottom), entry["flip"]))
-    return {
-        **item,
-        "caption": entry["caption"],
-        "dropped": entry["dropped"],
-        "exposure": torch.tensor([entry[column] for column in EXPOSURE_COLUMNS], dtype=torch.int64),
-        "loss_weight": torch.tensor(entry["loss_weight"], dtype=torch.float32),
-    }
