@@ -296,6 +296,20 @@ def test_a_key_of_a_later_version_is_named_as_such(check: Check) -> None:
     ]
 
 
+def test_a_key_of_another_section_is_sent_there(check: Check) -> None:
+    assert check("data.params.train.params.long_captions=chunk") == [
+        "data.params.train.params.long_captions: does not belong here; write "
+        "model.params.cond_stage_config.params.long_captions=chunk"
+    ]
+    assert not check("model.params.cond_stage_config.params.long_captions=chunk")
+
+
+def test_long_captions_are_cut_or_chunked(check: Check) -> None:
+    (problem,) = check("model.params.cond_stage_config.params.long_captions=whole")
+    assert "'cut'" in problem
+    assert "'chunk'" in problem
+
+
 def test_all_problems_are_told_at_once(check: Check) -> None:
     found = check("data.params.wrap=flase", "data.params.batch_size=0", "run.sed=3", "model.params.timestep=3")
     assert len(found) == 4
