@@ -392,7 +392,7 @@ class ShardFiles:
         """Remove the longest unused copies until one of a length fits."""
         if length > self._cache_bytes:
             raise OSError(
-                f"{url}: its {length / GIB:.2f} GiB are more than cache_gib {self.cache_gib:g} allows for all copies; "
+                f"{url}: its {length / GIB:.2f} GiB are more than shard_cache_gib {self.cache_gib:g} allows all copies; "
                 "raise it"
             )
         folder = os.path.join(self._cache_dir, "shards")

@@ -13,7 +13,7 @@ import math
 import sys
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Final
@@ -38,7 +38,7 @@ from ldm.data.image_transform import (
 )
 from ldm.data.shard_files import GIB, ShardFiles, expand_shards, is_url, shard_names
 from ldm.data.tar_index import ShardIndex, read_caption, read_member
-from ldm.exposure import exposure_row, item_id, keyed_generator, uniform, uniform_pair
+from ldm.exposure import EXPOSURE_COLUMNS, exposure_row, item_id, keyed_generator, uniform, uniform_pair
 
 logger = logging.getLogger(__name__)
 
@@ -215,8 +215,8 @@ class WebShards(Dataset[dict[str, Any]]):
             the cut stay); both name them.
         shuffle_shards: how many shards' samples are shuffled together, at least 1; 1 suits shards whose samples
             are a random choice, as LAION's are.
-        cache_dir: folder for the shards' indices, and for copies of those at URLs; None: in the home folder.
-        cache_gib: how much the copies may take together, in GiB. It must hold the shards of an epoch.
+        shard_cache_dir: folder for the shards' indices, and for copies of those at URLs; None: in the home folder.
+        shard_cache_gib: how much the copies may take together, in GiB. It must hold the shards of an epoch.
         seed: the run's seed.
 
     Attributes:
@@ -242,8 +242,8 @@ class WebShards(Dataset[dict[str, Any]]):
         loss_weight: float = 1.0,
         on_bad_image: str = "error",
         shuffle_shards: int = 1,
-        cache_dir: str | None = None,
-        cache_gib: float = 50.0,
+        shard_cache_dir: str | None = None,
+        shard_cache_gib: float = 50.0,
         seed: int = 23,
     ) -> None:
         self._check(
@@ -258,7 +258,7 @@ class WebShards(Dataset[dict[str, Any]]):
             loss_weight=loss_weight,
             on_bad_image=on_bad_image,
             shuffle_shards=shuffle_shards,
-            cache_gib=cache_gib,
+            shard_cache_gib=shard_cache_gib,
         )
         is_training = set == "train"
         self.size = size
@@ -275,7 +275,7 @@ class WebShards(Dataset[dict[str, Any]]):
         self.shards = expand_shards(shards)
         self.names = shard_names(self.shards)
         self._resample = resample_filter(interpolation)
-        self._files = ShardFiles(self.shards, cache_dir or DEFAULT_CACHE_DIR, cache_gib)
+        self._files = ShardFiles(self.shards, shard_cache_dir or DEFAULT_CACHE_DIR, shard_cache_gib)
         self._row = ShardRow(len(self.shards), self._count, seed, shuffle_shards, shuffle=is_training)
         self._counts: dict[int, int] = {}
         self._indices: OrderedDict[int, tuple[ShardIndex, npt.NDArray[np.int32]]] = OrderedDict()
@@ -295,8 +295,8 @@ class WebShards(Dataset[dict[str, Any]]):
                 problems.append(f"{key} {given[key]!r} is not allowed; give a probability from 0 to 1")
         if not given["loss_weight"] >= 0:
             problems.append(f"loss_weight {given['loss_weight']!r} is not allowed; give a number of at least 0")
-        if not given["cache_gib"] > 0:
-            problems.append(f"cache_gib {given['cache_gib']!r} is not allowed; give a number above 0")
+        if not given["shard_cache_gib"] > 0:
+            problems.append(f"shard_cache_gib {given['shard_cache_gib']!r} is not allowed; give a number above 0")
         for key, choices in (
             ("set", SETS),
             ("on_bad_image", ON_BAD_IMAGE),
@@ -314,9 +314,14 @@ class WebShards(Dataset[dict[str, Any]]):
         """Whether epochs may have different numbers of batches."""
         return self.exposures_per_epoch is not None and self.set == "train" and self.resize_mode == "bucket"
 
+    @property
+    def known_ahead(self) -> bool:
+        """Whether later epochs can be planned without fetching what they show."""
+        return self.exposures_per_epoch is None
+
     def epoch_start(self, epoch: int) -> int:
-        """Give the index of an epoch's first exposure; 0 for epoch 0, and outside training, where all are alike."""
-        return epoch * self.epoch_length(epoch) if self.set == "train" else 0
+        """Give the index of an epoch's first exposure; 0 for epoch 0."""
+        return epoch * self.epoch_length(epoch) if epoch else 0
 
     def epoch_length(self, epoch: int) -> int:
         """Count the exposures of an epoch."""
@@ -342,7 +347,7 @@ class WebShards(Dataset[dict[str, Any]]):
             OSError: shards that cannot be fetched or read.
         """
         if self._planned is None or self._planned[0] != epoch:
-            start = self.epoch_start(epoch)
+            start = self.epoch_start(epoch) if self.set == "train" else 0
             self._planned = (epoch, self.sizes_between(start, start + self.epoch_length(epoch)))
         return self._planned[1]
 
@@ -383,7 +388,9 @@ class WebShards(Dataset[dict[str, Any]]):
         Raises:
             OSError: the sample cannot be read; names it.
         """
-        number, shard, sample = self._row.locate(int(index))
+        # Outside training all epochs are alike.
+        position = int(index) if self.set == "train" else int(index) % self.epoch_length(0)
+        number, shard, sample = self._row.locate(position)
         held = self._index(shard)
         path = f"{self.shards[shard]}/{held.name(sample)}"
         item = item_id(f"{self.names[shard]}/{held.name(sample)}")
@@ -439,6 +446,28 @@ class WebShards(Dataset[dict[str, Any]]):
                     picture, _ = self._read_sample(shard, int(found[0]))
                     return self._shown(self._pixels(picture, path, placement), path, placement)
         raise OSError(f"{path}: there is no such sample in the shards")
+
+    def replay(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Show an exposure again, as the ledger of a run has it.
+
+        Args:
+            entry: from :func:`ldm.ledger.read_ledger`; of a run with this set's ``resize_mode`` and ``interpolation``.
+
+        Returns:
+            The item that the model was trained on: the same numbers, as long as the shard is the same.
+
+        Raises:
+            OSError: there is no such sample, or it cannot be read.
+        """
+        left, top, right, bottom = entry["crop"]
+        width, height = entry["size"]
+        return {
+            **self.read_pixels(entry["path"], Placement((width, height), (left, top, right, bottom), entry["flip"])),
+            "caption": entry["caption"],
+            "dropped": entry["dropped"],
+            "exposure": exposure_row(*(entry[column] for column in EXPOSURE_COLUMNS)),
+            "loss_weight": torch.tensor(entry["loss_weight"], dtype=torch.float32),
+        }
 
     def _shown(self, pixels: npt.NDArray[np.uint8], path: str, placement: Placement) -> dict[str, Any]:
         return {
@@ -545,8 +574,8 @@ class WebShards(Dataset[dict[str, Any]]):
         needed = sum(self._index(shard).tar_bytes for shard in remote) / GIB
         if needed > self._files.cache_gib:
             logger.warning(
-                "an epoch reads %.1f GiB of shards, and cache_gib allows %g: copies are fetched over and over; "
-                "raise cache_gib, or lower exposures_per_epoch",
+                "an epoch reads %.1f GiB of shards, and shard_cache_gib allows %g: copies are fetched over and over; "
+                "raise shard_cache_gib, or lower exposures_per_epoch",
                 needed,
                 self._files.cache_gib,
             )

@@ -135,7 +135,7 @@ def test_the_longest_unused_copies_make_room(server: FileServer, tmp_path: Path)
 
 
 def test_a_shard_larger_than_all_room_is_refused(server: FileServer, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"more than cache_gib"):
+    with pytest.raises(OSError, match=r"more than shard_cache_gib"):
         files_at(server, tmp_path, cache_gib=100 / GIB).local_path(0)
 
 

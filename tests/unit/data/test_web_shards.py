@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import time
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ldm.data.exposure_set import ExposureSet, Filler
 from ldm.data.image_transform import Placement
 from ldm.data.sampler import EpochBatches
 from ldm.data.shard_files import GIB
 from ldm.data.web_shards import ShardRow, WebShards
+from ldm.ledger import ledger_entries
 from tests.unit.data.make_shards import picture_bytes, sample, write_shards, write_tar
 from tests.unit.file_server import serve_files
 
@@ -35,7 +37,7 @@ def make(tmp_path: Path) -> Make:
         if not (tmp_path / "laion").exists():
             write_shards(tmp_path / "laion", [5, 3, 7], sizes=((16, 16), (32, 16)))
         return WebShards(
-            **{"shards": str(tmp_path / "laion"), "size": 16, "cache_dir": str(tmp_path / "cache"), **params}
+            **{"shards": str(tmp_path / "laion"), "size": 16, "shard_cache_dir": str(tmp_path / "cache"), **params}
         )
 
     return make
@@ -166,7 +168,9 @@ def test_captions_are_dropped_and_pictures_flipped_by_exposure(make: Make) -> No
 def test_outside_training_nothing_is_drawn_and_all_epochs_are_alike(make: Make) -> None:
     dataset = make(set="val", conditional_dropout=1.0, flip_p=1.0, exposures_per_epoch=6)
     assert captions(dataset, 0, 6) == [f"caption {number}" for number in range(6)]
-    assert (dataset.epoch_start(3), dataset.epoch_length(3), dataset[0]["flip"]) == (0, 6, False)
+    assert captions(dataset, dataset.epoch_start(3), dataset.epoch_start(4)) == captions(dataset, 0, 6)
+    assert dataset.training_sizes(3).tolist() == dataset.training_sizes(0).tolist()
+    assert dataset[0]["flip"] is False
     assert dataset[0]["exposure"].tolist()[:2] == [0, 0]
     assert len(make(set="val", exposures_per_epoch=100)) == 15
 
@@ -203,11 +207,14 @@ def test_it_can_be_sent_to_another_process(make: Make) -> None:
 
 
 def test_a_ledgers_entry_is_shown_again(make: Make) -> None:
-    dataset = make(crop="random", flip_p=0.5)
+    dataset = make(crop="random", flip_p=0.5, conditional_dropout=0.5, loss_weight=0.5)
     for index in range(15):
         item = dataset[index]
-        placement = Placement(tuple(item["training_size"].tolist()), tuple(item["crop"].tolist()), item["flip"])
-        np.testing.assert_array_equal(dataset.read_pixels(item["path"], placement)["image"], item["image"])
+        entry = json.loads(json.dumps(ledger_entries(default_collate([item]))[0]))
+        again = dataset.replay(entry)
+        assert again.keys() == item.keys()
+        for key, value in item.items():
+            np.testing.assert_array_equal(again[key], value)
 
 
 def test_a_ledgers_entry_of_other_shards_is_told(make: Make) -> None:
@@ -271,12 +278,12 @@ def test_shards_without_a_sample_are_refused(make: Make, tmp_path: Path) -> None
 
 def test_every_wrong_argument_is_told_at_once(make: Make) -> None:
     with pytest.raises(ValueError) as raised:
-        make(size=7, set="no", exposures_per_epoch=0, flip_p=2, crop="left", on_bad_image="hide", cache_gib=0)
+        make(size=7, set="no", exposures_per_epoch=0, flip_p=2, crop="left", on_bad_image="hide", shard_cache_gib=0)
     assert len(str(raised.value).splitlines()) == 7
 
 
 def test_shards_at_a_url_are_trained_on_as_local_ones_are(make: Make, tmp_path: Path) -> None:
-    local = make(cache_dir=str(tmp_path / "local"))
+    local = make(shard_cache_dir=str(tmp_path / "local"))
     with serve_files() as server:
         for path in (tmp_path / "laion").glob("*.tar"):
             server.files[f"laion/{path.name}"] = path.read_bytes()
@@ -294,8 +301,8 @@ def test_a_copy_that_was_removed_to_make_room_is_fetched_again(make: Make, tmp_p
         for path in (tmp_path / "laion").glob("*.tar"):
             server.files[path.name] = path.read_bytes()
         room = max(map(len, server.files.values())) + 10
-        remote = make(shards=server.url + "{00000..00002}.tar", cache_gib=room / GIB)
-        assert captions(remote, 0, 30) == captions(make(cache_dir=str(tmp_path / "local")), 0, 30)
+        remote = make(shards=server.url + "{00000..00002}.tar", shard_cache_gib=room / GIB)
+        assert captions(remote, 0, 30) == captions(make(shard_cache_dir=str(tmp_path / "local")), 0, 30)
         assert len(server.requests) > 3
 
 
@@ -307,7 +314,7 @@ def test_an_epoch_larger_than_the_cache_is_warned_of(
         for path in (tmp_path / "laion").glob("*.tar"):
             server.files[path.name] = path.read_bytes()
         room = max(map(len, server.files.values())) + 10
-        make(shards=server.url + "{00000..00002}.tar", cache_gib=room / GIB).training_sizes(0)
+        make(shards=server.url + "{00000..00002}.tar", shard_cache_gib=room / GIB).training_sizes(0)
     assert "fetched over and over" in caplog.text
 
 
