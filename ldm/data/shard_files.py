@@ -392,8 +392,8 @@ class ShardFiles:
         """Remove the longest unused copies until one of a length fits."""
         if length > self._cache_bytes:
             raise OSError(
-                f"{url}: its {length / GIB:.2f} GiB are more than shard_cache_gib {self.cache_gib:g} allows all copies; "
-                "raise it"
+                f"{url}: its {length / GIB:.2f} GiB are more than shard_cache_gib {self.cache_gib:g} allows all copies "
+                "together; raise it"
             )
         folder = os.path.join(self._cache_dir, "shards")
         with self._lock(folder):
