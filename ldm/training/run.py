@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Final
 
 import pytorch_lightning as pl
@@ -53,6 +54,11 @@ USER_ERROR: Final = 2
 
 NAMED_CAPTIONS: Final = 5
 """How many captions that are cut the warning names."""
+
+NAMED_CHARACTERS: Final = 80
+"""How much of each of them."""
+
+CHUNK_WORDS: Final = "model.params.cond_stage_config.params.long_captions=chunk"
 
 
 @dataclass
@@ -289,19 +295,27 @@ def _warn_of_cut_captions(model: Any, data: Any) -> None:
     encoder: Any = getattr(model, "cond_stage_model", None)
     if not hasattr(encoder, "cut_captions"):
         return
-    pictures = (picture for dataset in data.datasets.values() for picture in getattr(dataset, "pictures", ()))
-    cut = encoder.cut_captions(sorted({picture.caption for picture in pictures}))
-    if cut:
-        named = "; ".join(f"'{caption}' loses '{end}'" for caption, end in list(cut.items())[:NAMED_CAPTIONS])
-        more = f" and {len(cut) - NAMED_CAPTIONS} more" if len(cut) > NAMED_CAPTIONS else ""
-        logger.warning(
-            "%s longer than the text encoder's %d tokens and %s cut: %s%s",
-            "1 caption is" if len(cut) == 1 else f"{len(cut):,} captions are",
-            encoder.max_length - 2,
-            "is" if len(cut) == 1 else "are",
-            named,
-            more,
-        )
+    datasets = data.datasets.values()
+    captions = {picture.path: picture.caption for each in datasets for picture in getattr(each, "pictures", ())}
+    cut = encoder.cut_captions(sorted(set(captions.values())))
+    if not cut:
+        return
+    named = "; ".join(
+        f"'{shorten(caption, NAMED_CHARACTERS, placeholder='…')}' loses '{end}'"
+        for caption, end in list(cut.items())[:NAMED_CAPTIONS]
+    )
+    more = f" and {len(cut) - NAMED_CAPTIONS} more" if len(cut) > NAMED_CAPTIONS else ""
+    hint = f" ({CHUNK_WORDS} trains longer ones)" if encoder.long_captions == "cut" else ""
+    logger.warning(
+        "%s (of %s) longer than the text encoder's %d tokens %s cut: %s%s%s",
+        "1 caption" if len(cut) == 1 else f"{len(cut):,} captions",
+        plural(sum(caption in cut for caption in captions.values()), "picture"),
+        encoder.most_caption_tokens,
+        "is" if len(cut) == 1 else "are",
+        named,
+        more,
+        hint,
+    )
 
 
 def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -> None:

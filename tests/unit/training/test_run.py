@@ -60,14 +60,20 @@ class LosesAPicture(ToyDiffusion):
 
 
 class Captioned(ToyDiffusion):
+    long_captions = "cut"
+
     def __init__(self) -> None:
         super().__init__()
         numbers = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        self.cond_stage_model = FrozenCLIPEmbedder(text_config=numbers, max_length=22)
+        self.cond_stage_model = FrozenCLIPEmbedder(text_config=numbers, max_length=22, long_captions=self.long_captions)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         self.cond_stage_model(batch["caption"])
         return super().training_step(batch, batch_idx)
+
+
+class Chunked(Captioned):
+    long_captions = "chunk"
 
 
 class Faulty(EveryDreamBatch):
@@ -313,10 +319,23 @@ def test_captions_that_are_cut_are_told_in_one_line(
     shutil.copytree(pictures, "mine")
     for number in range(7):
         shutil.copy("mine/folder0/a plain square 0_.png", f"mine/folder0/{number} {'long ' * 80}.png"[:250] + ".png")
+    twin = next(Path("mine/folder0").glob("0 long*")).stem
+    shutil.copy("mine/folder0/a plain square 0_.png", f"mine/folder0/{twin}_2.png")
     assert main([*command, "--data_root", "mine", "--max_steps", "1", target("Captioned")]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "caption" in line]
-    assert line.startswith("warning: 7 captions are longer than the text encoder's 20 tokens and are cut: '0 long long")
-    assert line.endswith("and 2 more")
+    told = "warning: 7 captions (of 8 pictures) longer than the text encoder's 20 tokens are cut: '0 long long"
+    assert line.startswith(told)
+    assert "…' loses 'long long" in line
+    assert line.endswith("and 2 more (model.params.cond_stage_config.params.long_captions=chunk trains longer ones)")
+
+
+def test_captions_that_are_trained_in_chunks_are_not_told(
+    command: list[str], pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pictures, "mine")
+    shutil.copy("mine/folder0/a plain square 0_.png", f"mine/folder0/{'long ' * 30}.png")
+    assert main([*command, "--data_root", "mine", "--max_steps", "1", target("Chunked")]) == 0
+    assert "loses" not in capsys.readouterr().out
 
 
 def test_the_weights_as_read_are_gone_when_training_begins(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
