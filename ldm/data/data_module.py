@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +17,7 @@ from ldm.data.buckets import count_batches
 from ldm.data.ed_validate import EDValidateBatch
 from ldm.data.every_dream import EveryDreamBatch, check_pictures
 from ldm.data.exposure_set import ExposureSet
+from ldm.data.mixture import Mixture
 from ldm.data.resume import TrainerProgress, saved_position, settle_resume
 from ldm.data.sampler import EpochBatches, EpochLoader
 from ldm.util import instantiate_from_config
@@ -123,13 +124,17 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if self.datasets:
             return
         datasets = {split: self._build(split, config) for split, config in self.dataset_configs.items()}
-        ours = {split: dataset for split, dataset in datasets.items() if isinstance(dataset, EveryDreamBatch)}
+        ours = {
+            key: folder
+            for split, dataset in datasets.items()
+            for key, folder in _folder_sets(f"data.params.{split}.params", dataset)
+        }
         if isinstance(datasets.get("train"), EDValidateBatch):
             raise ValueError(
                 f"data.params.train.target {self.dataset_configs['train']['target']!r} is a validation set (each "
                 "picture once, always with the same noise); write target: ldm.data.every_dream.EveryDreamBatch"
             )
-        check_pictures((f"data.params.{split}.params.on_bad_image", dataset) for split, dataset in ours.items())
+        check_pictures((f"{key}.on_bad_image", dataset) for key, dataset in ours.items())
         _tell_what_is_left_out(ours.values())
         self.datasets = datasets
         self._check_batch_size()
@@ -300,6 +305,15 @@ def seed_global_generators(worker_id: int) -> None:
     seed = torch.initial_seed() % 2**32
     random.seed(seed)
     np.random.seed(seed)
+
+
+def _folder_sets(key: str, dataset: Any) -> Iterator[tuple[str, EveryDreamBatch]]:
+    """Find the folders of a data set, itself or those that it mixes, with the key path of their params."""
+    if isinstance(dataset, EveryDreamBatch):
+        yield key, dataset
+    elif isinstance(dataset, Mixture):
+        for name, part in dataset.parts.items():
+            yield from _folder_sets(f"{key}.sets.{name}.params", part)
 
 
 def _tell_what_is_left_out(datasets: Iterable[EveryDreamBatch]) -> None:

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, default_collate
 
+from ldm.data.data_module import DataModuleFromConfig
 from ldm.data.every_dream import EveryDreamBatch
 from ldm.data.exposure_set import ExposureSet, Filler
 from ldm.data.mixture import Mixture, parse_ratio
-from ldm.data.sampler import EpochBatches
+from ldm.data.sampler import EpochBatches, EpochLoader
 from ldm.ledger import ledger_entries
 from tests.unit.data.make_shards import write_shards
 
@@ -282,3 +283,55 @@ def test_a_set_of_another_project_is_told_that_it_cannot_be_mixed(make: Make) ->
     sets = {"man": {"target": "torch.utils.data.TensorDataset"}}
     with pytest.raises(ValueError, match="cannot be mixed"):
         Mixture("man 1", sets)
+
+
+def data_module(mixture_params: dict[str, Any], **params: Any) -> DataModuleFromConfig:
+    train = {"target": "ldm.data.mixture.Mixture", "params": mixture_params}
+    return DataModuleFromConfig(batch_size=4, num_workers=0, train=train, **params)
+
+
+def mixing_params(tmp_path: Path, root: Path) -> dict[str, Any]:
+    shards = {"shards": str(tmp_path / "laion"), "shard_cache_dir": str(tmp_path / "cache")}
+    return {
+        "ratio": "man 1 : laion 1",
+        "sets": {"man": {"target": FOLDER}, "laion": {"target": SHARDS, "params": shards}},
+        "data_root": str(root),
+        "size": 16,
+        "repeats": 2,
+    }
+
+
+def test_a_mixture_is_loaded_as_any_set_is(tmp_path: Path, make_root: Callable[..., Path]) -> None:
+    root = make_root("man/a.png", "man/b.png", "woman/c.png")
+    write_shards(tmp_path / "laion", [5, 3, 7], sizes=((12, 12), (24, 12)))
+    data = data_module(mixing_params(tmp_path, root))
+    data.setup()
+    loader = data.train_dataloader()
+    shown: Counter[str] = Counter()
+    assert isinstance(loader, EpochLoader)
+    for batch in loader:
+        assert batch["image"].shape[0] == len(batch["caption"])
+        shown.update(batch["path"])
+    assert (sum(shown.values()), data.steps_per_epoch("train")) == (12, len(loader))
+    assert sum("laion" in path for path in shown) == 6
+
+
+def test_broken_pictures_of_a_mixed_folder_are_named_before_training(
+    tmp_path: Path, make_root: Callable[..., Path]
+) -> None:
+    root = make_root("man/a.png", "man/b.png")
+    (root / "man" / "b.png").write_bytes(b"none")
+    write_shards(tmp_path / "laion", [3])
+    with pytest.raises(ValueError, match=r"data\.params\.train\.params\.sets\.man\.params\.on_bad_image=skip"):
+        data_module(mixing_params(tmp_path, root)).setup()
+
+
+def test_broken_pictures_of_a_mixed_folder_are_left_out_where_that_is_wished(
+    tmp_path: Path, make_root: Callable[..., Path]
+) -> None:
+    root = make_root("man/a.png", "man/b.png")
+    (root / "man" / "b.png").write_bytes(b"none")
+    write_shards(tmp_path / "laion", [3])
+    data = data_module({**mixing_params(tmp_path, root), "on_bad_image": "skip"})
+    data.setup()
+    assert len(data.datasets["train"]) == 4
