@@ -21,6 +21,8 @@ class EDValidateBatch(EveryDreamBatch):
         on_bad_image: ``error`` or ``skip``, as in training.
         seed: accepted like the training set's, without effect: nothing here depends on the run.
         recursive: also take pictures in folders below the subfolders.
+        cache_latents: ``disk``, ``memory`` or ``off``, as in training; a test set reads its pictures in any case.
+        cache_dir: as in training.
 
     Raises:
         ValueError: an argument out of range, or a folder that cannot be used; a line for each problem.
@@ -39,6 +41,8 @@ class EDValidateBatch(EveryDreamBatch):
         on_bad_image: str = "error",
         seed: int = 23,
         recursive: bool = False,
+        cache_latents: str = "off",
+        cache_dir: str = "latent_cache",
     ) -> None:
         super().__init__(
             data_root=data_root,
@@ -50,4 +54,6 @@ class EDValidateBatch(EveryDreamBatch):
             on_bad_image=on_bad_image,
             seed=seed,
             recursive=recursive,
+            cache_latents=cache_latents,
+            cache_dir=cache_dir,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -29,6 +29,7 @@ from ldm.data.image_transform import (
     resolve_resize_mode,
     to_unit_range,
 )
+from ldm.data.latent_cache import MODES, LatentCache, View
 from ldm.data.picture_header import PictureHeader, read_headers
 from ldm.data.repeats import Repeats, ShownFolder
 from ldm.data.scan import FolderSettings, Picture, scan_data_root
@@ -40,6 +41,8 @@ SETS: Final = ("train", "val", "validation", "test")
 ON_BAD_IMAGE: Final = ("error", "skip")
 MOST_DECODED: Final = 20_000
 """How many pictures the check before training decodes; of more it reads the headers alone."""
+CENTRE: Final = (0.5, 0.5)
+"""What the two draws of a crop are where it lies in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,10 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         recursive: also take pictures in folders below the subfolders.
         shuffle_tags: draw the order of a training caption's comma-separated tags anew at each showing.
         keep_tags: how many of the first tags keep their places then.
+        cache_latents: ``disk`` or ``memory`` encodes every picture once before training, and then reads its latents
+            instead; ``off`` encodes it at each showing.
+        cache_crops: how many crops of a picture ``random`` and ``jitter`` have to choose from where latents are cached.
+        cache_dir: folder for ``disk``, which runs share; it can be deleted at any time but during a run.
 
     Attributes:
         pictures: the pictures (``ldm.data.scan.Picture``), sorted by folder and file name.
@@ -109,6 +116,7 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         scan_warnings: what may not be as it was meant in the folders, a line each.
         hidden: hidden files and what file managers leave behind, likewise.
         skipped: reason by path of the broken pictures that were left out.
+        latent_cache: the cached latents, or None where ``cache_latents`` is ``off``.
         as_bytes: hand pictures on as uint8 in 0..255, for a loader that scales them itself.
 
     Raises:
@@ -133,6 +141,9 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         recursive: bool = False,
         shuffle_tags: bool = False,
         keep_tags: int = 0,
+        cache_latents: str = "off",
+        cache_crops: int = 4,
+        cache_dir: str = "latent_cache",
     ) -> None:
         problems: list[str] = []
         if size is not None and (not _is_whole(size) or size < 8 or size % 8):
@@ -150,6 +161,10 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
             problems.append(f"crop {crop!r} is unknown; choose one of {', '.join(CROPS)}")
         if not _is_whole(keep_tags) or keep_tags < 0:
             problems.append(f"keep_tags {keep_tags!r} is not allowed; give a whole number of at least 0")
+        if cache_latents not in MODES:
+            problems.append(f"cache_latents {cache_latents!r} is unknown; choose one of {', '.join(MODES)}")
+        if not _is_whole(cache_crops) or cache_crops < 1:
+            problems.append(f"cache_crops {cache_crops!r} is not allowed; give a whole number of at least 1")
         try:
             self._resample = resample_filter(interpolation)
         except ValueError as error:
@@ -174,6 +189,11 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         self.on_bad_image = on_bad_image
         self.seed = seed
         self.as_bytes = False
+        self.cache_crops = cache_crops
+        self.latent_cache: LatentCache | None = None
+        if cache_latents != "off":
+            transform = f"{self.resize_mode} {self._resample.name}"
+            self.latent_cache = LatentCache(cache_latents, cache_dir, self.views, self.read_view, transform)
 
         scan = scan_data_root(data_root, recursive)
         if scan.problems:
@@ -244,6 +264,10 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
     def _settings(self, folder: str) -> FolderSettings:
         return self.folder_settings[folder]
 
+    def _flip_p(self, folder: str) -> float:
+        own = self._settings(folder).flip_p
+        return self.flip_p if own is None or self.set != "train" else own
+
     def __len__(self) -> int:
         return self._showings.length(0)
 
@@ -309,25 +333,50 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         # Outside training the key is the picture alone, so that epochs and runs compare.
         is_training = self.set == "train"
         key = exposure_row(self.seed, epoch, item, repeat) if is_training else exposure_row(0, 0, item, 0)
-        flip_p, dropout = self.flip_p, self.conditional_dropout
+        flip_p, dropout = self._flip_p(picture.folder), self.conditional_dropout
         if is_training:
-            flip_p = flip_p if settings.flip_p is None else settings.flip_p
             dropout = dropout if settings.conditional_dropout is None else settings.conditional_dropout
         dropped = dropout > 0 and uniform("caption_dropout", key) < dropout
         caption = picture.caption
         if self.shuffle_tags:
             caption = shuffled_tags(caption, self.keep_tags, keyed_generator("tags", *key.tolist()))
-        width, height = self.picture_sizes[number].tolist()
-        placement = place(
-            tuple(self.source_sizes[number].tolist()),
-            None if self.size is None else (width, height),
-            self.resize_mode,
-            self.crop,
-            uniform_pair("crop", key) if self.crop != "center" else (0.5, 0.5),
-            flip_p > 0 and uniform("flip", key) < flip_p,
-        )
+        flip = flip_p > 0 and uniform("flip", key) < flip_p
+        placement = self._place(number, self._crop_draws(key), flip)
         weight = settings.loss_weight if is_training else 1.0
         return Showing(picture, key, epoch, repeat, "" if dropped else caption, dropped, placement, weight)
+
+    def _place(self, number: int, draws: tuple[float, float], flip: bool) -> Placement:
+        width, height = self.picture_sizes[number].tolist()
+        source = tuple(self.source_sizes[number].tolist())
+        size = None if self.size is None else (width, height)
+        return place(source, size, self.resize_mode, self.crop, draws, flip)
+
+    def _crop_draws(self, key: Tensor) -> tuple[float, float]:
+        """Draw where an exposure's crop lies; with cached latents, which of the picture's crops it takes."""
+        if self.crop == "center":
+            return CENTRE
+        if self.latent_cache is None:
+            return uniform_pair("crop", key)
+        return self._cached_crop(int(key[2]), int(uniform("cached_crop", key) * self.cache_crops))
+
+    def _cached_crop(self, item: int, variant: int) -> tuple[float, float]:
+        """Draw where one of the crops lies that a picture's cached exposures choose from."""
+        return uniform_pair("crop_to_cache", exposure_row(self.seed, 0, item, variant))
+
+    def views(self) -> Iterator[View]:
+        """Give every way in which exposures may show the pictures; endlessly many where ``crop`` draws them anew."""
+        for number, picture in enumerate(self.pictures):
+            item = item_id(picture.relative_path)
+            variants = range(self.cache_crops if self.crop != "center" else 1)
+            flip_p = self._flip_p(picture.folder)
+            for variant in variants:
+                draws = self._cached_crop(item, variant) if self.crop != "center" else CENTRE
+                for flip in (flip for flip, chance in ((False, 1 - flip_p), (True, flip_p)) if chance > 0):
+                    yield View(picture.path, self._place(number, draws, flip))
+
+    def read_view(self, view: View) -> npt.NDArray[np.uint8]:
+        """Read a picture as a view shows it: uint8 (H, W, 3)."""
+        return read_training_bytes(view.path, view.placement, self.resize_mode, self._resample)
 
     def read(self, showing: Showing) -> dict[str, Any]:
         """Read an exposure: an item of this data set."""
@@ -341,12 +390,11 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
 
     def read_pixels(self, path: str, placement: Placement) -> dict[str, Any]:
         """Read a picture as it is to be shown: the part of an item that does not depend on caption and key."""
-        pixels = read_training_bytes(path, placement, self.resize_mode, self._resample)
-        height, width = pixels.shape[:2]
+        view = View(path, placement)
         return {
-            "image": pixels if self.as_bytes else to_unit_range(pixels),
+            **self._read_latents_or_pixels(view),
             "path": path,
-            "training_size": torch.tensor([width, height], dtype=torch.int64),
+            "training_size": torch.tensor(placement.size, dtype=torch.int64),
             "crop": torch.tensor(placement.box, dtype=torch.float64),
             "flip": placement.flip,
         }
@@ -373,6 +421,12 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
             "loss_weight": torch.tensor(entry["loss_weight"], dtype=torch.float32),
         }
 
+    def _read_latents_or_pixels(self, view: View) -> dict[str, Any]:
+        if self.latent_cache is not None and self.latent_cache.is_ready:
+            return {"moments": self.latent_cache.read(view)}
+        pixels = self.read_view(view)
+        return {"image": pixels if self.as_bytes else to_unit_range(pixels)}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read one exposure.
 
@@ -381,7 +435,8 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
                 :class:`~ldm.data.exposure_set.Filler` gives the same item with ``loss_weight`` 0.
 
         Returns:
-            ``image`` float32 (H, W, 3) in [-1, 1] (uint8 in 0..255 with ``as_bytes``); ``caption`` str; ``exposure``
+            ``image`` float32 (H, W, 3) in [-1, 1] (uint8 in 0..255 with ``as_bytes``), or once latents are cached,
+            in its place ``moments``: their mean and log-variance (2 C, H / f, W / f); ``caption`` str; ``exposure``
             int64 (4,); ``path`` str; ``loss_weight`` float32; ``training_size`` int64 (2,): width and height
             of ``image``; ``crop`` float64 (4,): left, top, right and bottom of what is shown, in pixels of the
             upright picture; ``flip`` and ``dropped`` (caption dropout) bool.

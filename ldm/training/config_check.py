@@ -50,7 +50,6 @@ _MAPPINGS: Final = (
 """Sections that are mappings; an empty one counts as absent."""
 
 LATER_KEYS: Final[Mapping[str, str]] = {
-    "cache_latents": "cached latents",
     "optimizer_config": "choosing the optimiser; this version trains with AdamW",
     "cond_lr": "a separate learning rate for the text encoder",
 }

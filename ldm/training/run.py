@@ -28,6 +28,7 @@ from ldm.training.cli import Options, parse_options
 from ldm.training.config import RunConfig, format_config, load_run_config
 from ldm.training.console import command_word, console
 from ldm.training.failures import TrainingError, explain
+from ldm.training.latent_caching import refuse_uncacheable
 from ldm.training.learning_rate import scaled_learning_rate
 from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
@@ -125,6 +126,7 @@ def _run(options: Options, signals: StopSignals) -> None:
     trainer = _build_trainer(run)
     data = _build_data(run)
     model, origin = _build_model(run)
+    refuse_uncacheable(model, data.datasets)
     rates = _set_learning_rates(run, trainer, model)
     summary = _summarise(run, trainer, data, model, origin, rates)
     trainer = _prepare_folder(run, trainer, run_config)

@@ -13,6 +13,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from ldm.training.accumulation import EqualWeights
 from ldm.training.callbacks import Beginning, LastCheckpoint, epoch_checkpoints, model_checkpoint_params
 from ldm.training.checkpoint_io import StreamingCheckpointIO
+from ldm.training.latent_caching import LatentCaching
 from ldm.training.progress import RunProgress
 from ldm.training.resumption import Resumption
 from ldm.training.run_directory import CURVES, RunDirectory
@@ -129,7 +130,7 @@ def _build_callbacks(
     validates: bool,
 ) -> list[Callback]:
     """Build all callbacks, the user's included."""
-    callbacks: list[Callback] = [Resumption(), Beginning(), EqualWeights(batch_size)]
+    callbacks: list[Callback] = [Resumption(), Beginning(), LatentCaching(), EqualWeights(batch_size)]
     if arguments.get("enable_progress_bar", True) and not arguments.get("barebones"):
         callbacks.append(RunProgress())
     configs = merged_callbacks(lightning.get("callbacks") or {})
