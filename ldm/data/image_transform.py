@@ -68,7 +68,7 @@ RESIZE_MODES: Final = ("bucket", "squash", "center_crop")
 """Ways to bring a picture to its training size: cut out the most of it that has the training shape, stretch it,
 or cut out its middle square."""
 
-DEFAULT_RESIZE_MODE: Final = "squash"
+DEFAULT_RESIZE_MODE: Final = "bucket"
 """The resize mode where no key names one."""
 
 CROPS: Final = ("center", "random", "jitter")
@@ -76,6 +76,8 @@ CROPS: Final = ("center", "random", "jitter")
 
 JITTER: Final = 0.04
 """How far ``crop: jitter`` strays from the middle at most, as a share of the cut-out's side."""
+
+_LEAST_TO_LOOK_AT: Final = 64  # pixels of the shorter side
 
 _DRAFT_MARGIN: Final = 2  # a JPEG decoded at reduced scale keeps this many times the training size in the cut-out
 
@@ -446,8 +448,8 @@ def find_broken_pictures(
         paths: picture files; one that is named twice is decoded once.
         threads: how many are decoded at a time (decoding runs beside Python); None: one for each processor core.
         progress: called with 1 after each picture, such as a progress bar's ``update``; in the calling thread.
-        look: called with the path and the pixels of each sound picture, as stored, a JPEG at an eighth of its size;
-            in the thread that decoded it.
+        look: called with the path and the pixels of each sound picture, as stored, a large JPEG at down to an eighth
+            of its size; in the thread that decoded it.
 
     Returns:
         The reason for each broken picture, in the order of ``paths``.
@@ -470,8 +472,10 @@ def _damage(path: str, memory: _Memory, look: Callable[[str, Image.Image], objec
             needed = decode_bytes(opened)
             if opened.format in ("JPEG", "MPO"):
                 # An eighth of the size: the file is read to its end and its every code checked, only faster.
-                needed = decode_bytes(opened, 8)
-                opened.draft(None, (max(1, opened.width // 8), max(1, opened.height // 8)))
+                least = 1 if look is None else _LEAST_TO_LOOK_AT
+                scale = next((scale for scale in (8, 4, 2) if min(opened.size) // scale >= least), 1)
+                needed = decode_bytes(opened, scale)
+                opened.draft(None, (opened.width // scale, opened.height // scale))
             with memory.reserve(needed):
                 opened.load()
                 to_rgb(opened.crop((0, 0, 1, 1)))
