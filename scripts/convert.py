@@ -382,6 +382,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def unrecorded(encoder: Mapping[str, Any]) -> list[str]:
+    """Note which settings of a text encoder a diffusers folder does not record.
+
+    Args:
+        encoder: the text encoder's ``params``.
+
+    Returns:
+        A line for each.
+    """
+    lines = []
+    if encoder.get("clip_skip"):
+        lines.append(
+            f"note: a diffusers folder does not record clip_skip; give its pipeline clip_skip={encoder['clip_skip']}"
+        )
+    if encoder.get("long_captions") == "chunk":
+        lines.append(
+            "note: this model reads captions in chunks (long_captions), but a diffusers pipeline cuts prompts at 75 "
+            "tokens; give it longer ones as prompt_embeds"
+        )
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, and say what the comparison found.
 
@@ -403,11 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             check_file_input(source, target, options.overwrite)
             lines = file_to_folder(source, target, params, options.half, options.ema)
-            skipped = (params["cond_stage_config"].get("params") or {}).get("clip_skip", 0)
-            if skipped:
-                lines.append(
-                    f"note: a diffusers folder does not record clip_skip; give its pipeline clip_skip={skipped}"
-                )
+            lines += unrecorded(params["cond_stage_config"].get("params") or {})
         for line in lines:
             print(line)
         print(f"written and read back: {target}")

@@ -452,15 +452,19 @@ def test_a_folder_loads_into_the_model_strictly(folder: Path) -> None:
     assert float(model.model.diffusion_model.out[2].weight.detach().abs().max()) > 0
 
 
-def test_skipped_layers_are_mentioned_since_a_folder_cannot_say_so(
-    trained: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("key", "value", "note"), [("clip_skip", 1, "clip_skip=1"), ("long_captions", "chunk", "cuts prompts at 75")]
+)
+def test_settings_that_a_folder_cannot_hold_are_mentioned(
+    trained: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any, note: str
 ) -> None:
     config = small_config()
-    config["model"]["params"]["cond_stage_config"]["params"]["clip_skip"] = 1
+    config["model"]["params"]["cond_stage_config"]["params"][key] = value
     path = write_config(tmp_path / "skip.yaml", config)
     torch.save(trained, tmp_path / "last.ckpt")
     assert convert.main([str(tmp_path / "last.ckpt"), str(tmp_path / "out"), "--config", str(path)]) == 0
-    assert "clip_skip=1" in capsys.readouterr().out
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and note in line]
+    assert len(said) == 1
 
 
 def test_a_v_model_without_a_signal_at_the_last_timestep_goes_there_and_back(tmp_path: Path) -> None:
