@@ -107,6 +107,16 @@ def refusal(script: Any, arguments: list[str], capsys: pytest.CaptureFixture[str
     return said
 
 
+@pytest.fixture(scope="session")
+def chunking(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model's config with captions of up to 225 tokens."""
+    config: Any = OmegaConf.load(CONFIG)
+    config.model.params.cond_stage_config.params.long_captions = "chunk"
+    path = tmp_path_factory.mktemp("configs") / "chunking.yaml"
+    OmegaConf.save(config, path)
+    return str(path)
+
+
 # --- text to image -------------------------------------------------------------------------------------------------
 
 
@@ -123,9 +133,55 @@ def test_the_size_is_the_models_own_where_none_is_given(tiny: Path, tmp_path: Pa
     assert picture.shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("sampler", [[], ["--plms"], ["--dpm_solver"]])
-def test_any_multiple_of_eight_is_a_size(tiny: Path, tmp_path: Path, sampler: list[str]) -> None:
-    pictures = draw(tiny, tmp_path, "--H", "72", "--W", "40", "--n_iter", "1", "--n_samples", "1", *sampler)
+LONG_PROMPT = "a cat " * 60
+ENDINGS = ("snow " * 80, "moon " * 80)
+ONE_PICTURE = ("--n_iter", "1", "--n_samples", "1", "--scale", "30")
+
+
+@pytest.mark.parametrize("sampler", [[], ["--dpm_solver"]])
+def test_every_chunk_of_a_long_prompt_has_an_effect(
+    tiny: Path, tmp_path: Path, chunking: str, sampler: list[str]
+) -> None:
+    arguments = (*ONE_PICTURE, *sampler, "--config", chunking)
+    snow, moon = (draw(tiny, tmp_path / end[:4], *arguments, "--prompt", LONG_PROMPT + end)[0] for end in ENDINGS)
+    assert not same(snow, moon)
+
+
+def test_a_long_prompt_is_cut_without_chunks_and_says_so(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snow, moon = (draw(tiny, tmp_path / end[:4], *ONE_PICTURE, "--prompt", LONG_PROMPT + end)[0] for end in ENDINGS)
+    assert same(snow, moon)
+    assert "loses" in capsys.readouterr().out
+
+
+def test_prompts_of_all_lengths_make_what_each_makes_alone(tiny: Path, tmp_path: Path, chunking: str) -> None:
+    prompts = [LONG_PROMPT, "a dog", LONG_PROMPT * 2]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    arguments = (
+        "--config",
+        chunking,
+        "--n_iter",
+        "1",
+        "--scale",
+        "3",
+        "--fixed_code",
+        "--negative_prompt",
+        "a hat " * 50,
+    )
+    together = draw(tiny, tmp_path / "all", *arguments, "--from-file", str(tmp_path / "prompts.txt"))
+    for number, prompt in enumerate(prompts):
+        (alone,) = draw(tiny, tmp_path / str(number), *arguments, "--n_samples", "1", "--prompt", prompt)
+        assert same(together[number], alone)
+
+
+def test_image_to_image_takes_long_prompts(tiny: Path, tmp_path: Path, chunking: str, photograph: Path) -> None:
+    arguments = (*ONE_PICTURE, "--config", chunking, "--init-img", str(photograph), "--prompt", LONG_PROMPT)
+    assert len(draw(tiny, tmp_path, *arguments, script=img2img)) == 1
+
+
+def test_any_multiple_of_eight_is_a_size(tiny: Path, tmp_path: Path) -> None:
+    pictures = draw(tiny, tmp_path, "--H", "72", "--W", "40", "--n_iter", "1", "--n_samples", "1")
     assert [picture.shape for picture in pictures] == [(72, 40, 3)]
 
 
