@@ -2,16 +2,21 @@ import logging
 import pickle
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from torch.utils.data import default_collate
 
 from ldm.data import every_dream
+from ldm.data.data_module import bytes_to_unit_range
 from ldm.data.ed_validate import EDValidateBatch
 from ldm.data.every_dream import EveryDreamBatch, check_pictures
+from ldm.data.exposure_set import Filler
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.personalized_batch import PersonalizeBatchBase
 from ldm.exposure import item_id
@@ -123,14 +128,12 @@ def test_older_targets_are_the_same_classes() -> None:
 
 
 def test_center_crop_takes_the_middle(tmp_path: Path) -> None:
-    from PIL import Image
-
     (tmp_path / "r" / "a").mkdir(parents=True)
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = 255
     Image.fromarray(pixels).save(tmp_path / "r" / "a" / "wide.png")
     cropped = EveryDreamBatch(str(tmp_path / "r"), size=8, center_crop=True)[0]["image"]
-    squashed = EveryDreamBatch(str(tmp_path / "r"), size=8)[0]["image"]
+    squashed = EveryDreamBatch(str(tmp_path / "r"), size=8, resize_mode="squash")[0]["image"]
     assert cropped.min() == 1.0
     assert squashed.min() == -1.0
 
@@ -240,3 +243,146 @@ def test_a_copy_in_another_process_does_not_read_the_folder_again(root: str, mon
 
     monkeypatch.setattr(every_dream, "scan_data_root", fail)
     assert [item["caption"] for item in read_all(pickle.loads(pickled))] == ["a cat", "a man", "a man"] * 2
+
+
+# --- shapes, crops and what folders say ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> str:
+    """A square, a wide and a tall picture, whose pixels tell where they lie."""
+    for name, (width, height) in {"square": (96, 96), "wide": (240, 120), "tall": (100, 150)}.items():
+        across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+        path = tmp_path / "shapes" / name / f"a {name}.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(np.stack([across, down, across], axis=2).astype(np.uint8)).save(path)
+    return str(tmp_path / "shapes")
+
+
+def test_pictures_keep_their_shape_unless_told_otherwise(shapes: str) -> None:
+    dataset = EveryDreamBatch(shapes, size=64, repeats=1)
+    sizes = {item["path"].rpartition("/")[2]: item["image"].shape[1::-1] for item in map(dataset.__getitem__, range(3))}
+    assert sizes == {"a square.png": (64, 64), "a wide.png": (88, 40), "a tall.png": (48, 80)}
+    assert dataset.training_sizes(0).tolist() == [list(dataset[index]["image"].shape[1::-1]) for index in range(3)]
+
+
+def test_an_item_says_which_part_of_the_picture_it_shows(shapes: str) -> None:
+    item = EveryDreamBatch(shapes, size=64, repeats=1)[1]
+    left, top, right, bottom = item["crop"].tolist()
+    assert item["training_size"].tolist() == [48, 80]
+    assert (right - left) / (bottom - top) == pytest.approx(48 / 80)
+    assert (left + right, top, bottom) == (100, 0, 150)
+
+
+def crops(shapes: str, **params: Any) -> list[list[float]]:
+    dataset = EveryDreamBatch(shapes, size=64, repeats=40, **params)
+    wide = next(number for number, picture in enumerate(dataset.pictures) if picture.folder == "wide")
+    return [dataset.showing(wide + 3 * repeat).placement.box for repeat in range(40)]  # type: ignore[misc]
+
+
+def test_random_crops_lie_anywhere_and_jittered_ones_near_the_middle(shapes: str) -> None:
+    # The bucket 88 x 40 takes all 240 of 240 pixels across and 109 of 120 down.
+    anywhere = [top for _, top, _, _ in crops(shapes, crop="random")]
+    near = [top for _, top, _, _ in crops(shapes, crop="jitter")]
+    assert min(anywhere) < 1.5 < 9.4 < max(anywhere)
+    assert 0 < max(near) - min(near) < max(anywhere) - min(anywhere)
+    assert {tuple(box) for box in crops(shapes)} == {crops(shapes)[0]}
+
+
+def test_validation_crops_the_middle_and_shows_captions_as_they_are(shapes: str) -> None:
+    (Path(shapes) / "wide" / "a wide.txt").write_text("first, second, third, fourth")
+    training = EveryDreamBatch(shapes, size=64, crop="random", shuffle_tags=True, set="train", repeats=1)
+    validation = EveryDreamBatch(shapes, size=64, crop="random", shuffle_tags=True, set="val")
+    assert training[2]["caption"] != validation[2]["caption"] == "first, second, third, fourth"
+    assert training[2]["crop"].tolist() != validation[2]["crop"].tolist()
+    left, top, right, bottom = validation[2]["crop"].tolist()
+    assert (left + right, top + bottom) == (240, 120)
+
+
+def test_kept_tags_keep_their_places(shapes: str) -> None:
+    (Path(shapes) / "wide" / "a wide.txt").write_text("first, second, third, fourth, fifth")
+    dataset = EveryDreamBatch(shapes, size=64, shuffle_tags=True, keep_tags=2, repeats=20)
+    captions = {dataset.showing(2 + 3 * repeat).caption for repeat in range(20)}
+    assert len(captions) > 3
+    assert all(caption.startswith("first, second, ") for caption in captions)
+
+
+def test_a_folders_own_settings_go_before_the_data_sets(shapes: str) -> None:
+    (Path(shapes) / "wide" / "folder.yaml").write_text("flip_p: 1\nconditional_dropout: 1\nloss_weight: 0.25\n")
+    dataset = EveryDreamBatch(shapes, size=64, repeats=1)
+    items = {Path(item["path"]).parent.name: item for item in map(dataset.__getitem__, range(3))}
+    wide, square = items["wide"], items["square"]
+    assert (wide["flip"], wide["dropped"], wide["caption"], wide["loss_weight"].item()) == (True, True, "", 0.25)
+    assert (square["flip"], square["dropped"], square["loss_weight"].item()) == (False, False, 1.0)
+    assert wide["image"][0, 0, 0] > wide["image"][0, -1, 0]
+
+
+def test_a_folders_settings_do_not_reach_the_validation(shapes: str) -> None:
+    (Path(shapes) / "wide" / "folder.yaml").write_text("multiply: 3\nflip_p: 1\nconditional_dropout: 1\n")
+    validation = EveryDreamBatch(shapes, size=64, set="val")
+    items = [validation[index] for index in range(len(validation))]
+    assert len(items) == 3
+    assert not any(item["flip"] or item["dropped"] for item in items)
+
+
+def test_a_folder_multiplied_by_nothing_is_left_out_and_told(shapes: str) -> None:
+    (Path(shapes) / "wide" / "multiply.txt").write_text("0")
+    dataset = EveryDreamBatch(shapes, size=64, repeats=2)
+    assert dataset.switched_off == {"wide": 1}
+    assert {picture.folder for picture in dataset.pictures} == {"square", "tall"}
+    assert len(dataset) == 4
+
+
+def test_a_filler_is_the_same_item_without_weight(shapes: str) -> None:
+    dataset = EveryDreamBatch(shapes, size=64, repeats=2)
+    filler, item = dataset[Filler(4)], dataset[4]
+    assert (filler["loss_weight"].item(), item["loss_weight"].item()) == (0.0, 1.0)
+    assert torch.equal(filler["exposure"], item["exposure"])
+    assert np.array_equal(filler["image"], item["image"])
+
+
+def test_bytes_are_the_numbers_that_scale_to_the_item(shapes: str) -> None:
+    dataset, as_bytes = (EveryDreamBatch(shapes, size=64, repeats=1) for _ in range(2))
+    as_bytes.as_bytes = True
+    assert as_bytes[0]["image"].dtype == np.uint8
+    scaled = bytes_to_unit_range(torch.as_tensor(as_bytes[0]["image"]))
+    assert torch.equal(scaled, torch.as_tensor(dataset[0]["image"]))
+
+
+def test_folders_below_subfolders_are_read_on_request(shapes: str) -> None:
+    (Path(shapes) / "wide" / "deep").mkdir()
+    (Path(shapes) / "wide" / "a wide.png").rename(Path(shapes) / "wide" / "deep" / "a wide.png")
+    with pytest.raises(ValueError, match="deep"):
+        EveryDreamBatch(shapes, size=64)
+    assert [picture.folder for picture in EveryDreamBatch(shapes, size=64, recursive=True).pictures] == [
+        "square",
+        "tall",
+        "wide/deep",
+    ]
+
+
+def test_a_header_that_cannot_be_read_names_every_such_picture(shapes: str) -> None:
+    for name in ("wide", "tall"):
+        (Path(shapes) / name / f"a {name}.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"(?s)a tall\.png.*a wide\.png.*2 of 3 pictures cannot be read"):
+        EveryDreamBatch(shapes, size=64)[0]
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_picture_cut_off_in_the_middle_is_found_by_decoding_alone(
+    shapes: str, decode: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(shapes) / "wide" / "a wide.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    dataset = EveryDreamBatch(shapes, size=64)
+    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match=r"a wide") if decode else nullcontext():
+        check_pictures([("on_bad_image", dataset)], decode)
+    assert ("the headers of 3 pictures" in caplog.text) != decode
+
+
+def test_leaving_pictures_out_renumbers_the_exposures(shapes: str) -> None:
+    dataset = EveryDreamBatch(shapes, size=64, repeats=2)
+    assert len(dataset) == len(dataset.training_sizes(0)) == 6
+    dataset.leave_out({str(Path(shapes) / "wide" / "a wide.png"): "broken"})
+    assert len(dataset) == len(dataset.training_sizes(0)) == 4
+    assert {dataset[index]["image"].shape[1::-1] for index in range(4)} == {(64, 64), (48, 80)}

@@ -189,7 +189,7 @@ def test_an_unknown_interpolation_names_the_choices() -> None:
 @pytest.mark.parametrize(
     ("resize_mode", "center_crop", "resolved"),
     [
-        (None, False, "squash"),
+        (None, False, "bucket"),
         (None, True, "center_crop"),
         ("squash", False, "squash"),
         ("center_crop", False, "center_crop"),
