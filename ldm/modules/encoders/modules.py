@@ -141,8 +141,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             three.
 
     Raises:
-        ValueError: unknown ``version`` without ``text_config``, more tokens than positions, a layer that is not
-            there, or another word for ``long_captions``.
+        ValueError: unknown ``version`` without ``text_config``, more tokens than positions or less than 3, a layer
+            that is not there, or another word for ``long_captions``.
 
     Reference:
         Radford et al. 2021, arXiv 2103.00020, section 2.4.
@@ -176,11 +176,16 @@ class FrozenCLIPEmbedder(AbstractEncoder):
                 f"cond_stage_config: max_length {max_length} is above the text encoder's "
                 f"{config.max_position_embeddings} positions"
             )
+        if max_length < 3:
+            raise ValueError(
+                f"cond_stage_config: max_length {max_length} leaves no room for a caption; give at least 3"
+            )
         _check_layer(layer, layer_idx, clip_skip, config.num_hidden_layers)
         self.layer = layer
         self.layer_idx = layer_idx
         self.clip_skip = clip_skip
         self.long_captions = long_captions
+        self.most_chunks = MOST_CHUNKS if long_captions == "chunk" else 1
         self.max_length = max_length
         self.transformer = _TextTransformer(config)
         self.frozen = freeze
@@ -197,7 +202,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     @property
     def most_caption_tokens(self) -> int:
         """Most tokens of a caption that are encoded, begin and end tokens left out; what goes beyond is cut."""
-        return (self.max_length - 2) * (MOST_CHUNKS if self.long_captions == "chunk" else 1)
+        return (self.max_length - 2) * self.most_chunks
 
     def cut_captions(self, captions: Sequence[str]) -> dict[str, str]:
         """Find captions that are too long; :meth:`tokenize` then cuts them without naming them once more.
@@ -255,9 +260,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
                     tokenizer.decode(ids[self.most_caption_tokens :]).strip(),
                 )
             first = len(rows)
-            for chunk in split_into_chunks(
-                ids, self.max_length - 2, MOST_CHUNKS if self.long_captions == "chunk" else 1
-            ):
+            for chunk in split_into_chunks(ids, self.max_length - 2, self.most_chunks):
                 begun = [tokenizer.bos_token_id, *chunk]
                 rows.append(begun + [tokenizer.eos_token_id] * (self.max_length - len(begun)))
             numbers.append(range(first, len(rows)))
@@ -269,8 +272,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         """Encode captions, or token ids that are there already.
 
         Args:
-            text: one caption, B captions, or int64 (B, L) token ids; more than ``max_length`` of these are chunks
-                in a row, as :meth:`tokenize` gives them.
+            text: one caption, B captions, or int64 (B, L) token ids; with ``long_captions: chunk`` more than
+                ``max_length`` of these are chunks in a row, as :meth:`tokenize` gives them.
 
         Returns:
             (B, L, hidden_size) hidden states, or (B, 1, hidden_size) for ``pooled``; with ``long_captions: chunk``
@@ -280,7 +283,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             ValueError: token ids that are no whole number of chunks.
         """
         if isinstance(text, Tensor):
-            if text.shape[1] <= self.max_length:
+            if self.most_chunks == 1 or text.shape[1] <= self.max_length:
                 return self._encode(text)
             if text.shape[1] % self.max_length:
                 raise ValueError(

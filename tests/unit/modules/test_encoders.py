@@ -226,6 +226,11 @@ def test_what_goes_beyond_the_last_chunk_is_named(mode, kept, caplog):
     ]
 
 
+def test_a_length_without_room_for_text_is_refused():
+    with pytest.raises(ValueError, match="max_length 2 leaves no room for a caption; give at least 3"):
+        build_encoder(max_length=2)
+
+
 def test_another_word_for_long_captions_is_refused():
     with pytest.raises(ValueError, match="long_captions is 'split'; use cut or chunk"):
         build_encoder(long_captions="split")
