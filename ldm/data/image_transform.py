@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +96,7 @@ _RIGHT_TO_LEFT: Final = (2, 3, 6, 7)  # orientations whose upright left edge is 
 _BOTTOM_TO_TOP: Final = (3, 4, 7, 8)
 _SIXTEEN_BIT_MAX: Final = 65535
 _STRIP_PIXELS: Final = 1 << 22
+_LARGE_BYTES: Final = 8_000_000
 _MOST_PASSES: Final = 20 * MAX_PIXELS  # scans times pixels; encoders write about ten scans
 
 # value / 127.5 - 1 for the 256 values, rounded once: looking a value up is exact and faster than computing it.
@@ -325,12 +328,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     values = _value_range(image) if image.mode.startswith(("I", "F")) else None
     rgb = Image.new("RGB", image.size)
-    # In strips, since the steps between would take several times a large picture's memory.
-    rows = max(1, _STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+    for top, strip in _strips(image):
         rgb.paste(_strip_to_rgb(strip, values), (0, top))
     return rgb
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Cut a picture into strips, since the steps of a conversion take several times the memory of their picture."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _strip_to_rgb(image: Image.Image, values: tuple[float, float] | None) -> Image.Image:
@@ -345,14 +352,17 @@ def _strip_to_rgb(image: Image.Image, values: tuple[float, float] | None) -> Ima
 
 def _value_range(image: Image.Image) -> tuple[float, float]:
     """Find the value that stands for black in a picture of wide values, and how far above it white is."""
-    values = np.asarray(image)
-    if np.issubdtype(values.dtype, np.integer):
-        low, high = float(values.min()), float(values.max())
-        if low >= 0 and high <= _SIXTEEN_BIT_MAX:
-            return 0.0, float(_SIXTEEN_BIT_MAX)  # 16-bit files may also open in a wider mode
-    else:
+    lows: list[float] = []
+    highs: list[float] = []
+    for _, strip in _strips(image):
+        values = np.asarray(strip)
         finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        if finite.size:
+            lows.append(float(finite.min()))
+            highs.append(float(finite.max()))
+    low, high = min(lows, default=0.0), max(highs, default=0.0)
+    if not image.mode.startswith("F") and low >= 0 and high <= _SIXTEEN_BIT_MAX:
+        return 0.0, float(_SIXTEEN_BIT_MAX)  # 16-bit files may also open in a wider mode
     return low, high - low if high > low else 1.0
 
 
@@ -482,9 +492,19 @@ def _damage(path: str, memory: _Memory, look: Callable[[str, Image.Image], objec
                 if look is not None:
                     look(path, opened)
                 opened.close()
+                if needed >= _LARGE_BYTES:
+                    _return_freed_memory()
     except DECODER_ERRORS as error:
         return describe_damage(error)
     return None
+
+
+def _return_freed_memory() -> None:
+    """Give the memory of closed pictures back to the system; glibc would keep some for each thread."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and keep less
+        if trim is not None:
+            trim(0)
 
 
 class _Memory:

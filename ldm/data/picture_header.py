@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import IO, Final, TypeAlias, TypeVar
 
-from PIL import Image, ImageFile, features
+from PIL import Image, ImageFile, JpegImagePlugin, features
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """Formats that are read, whatever a file's suffix; none of their readers runs a program or opens another file."""
@@ -56,6 +56,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _ORIENTATION_TAG: Final = 0x0112
+_SAMPLES: Final = {0: 3.0, 1: 2.0, 2: 1.5}  # values a pixel, by Pillow's number of a JPEG's chroma sampling
 _BITS_TAG: Final = 0x0102
 _XMP_KEY: Final = "xmp"
 _OUR_XMP_KEY: Final = "xmp set aside"
@@ -267,8 +268,9 @@ def decode_bytes(image: ImageFile.ImageFile, scale: int = 1) -> int:
     if image.format == "TIFF":
         return (4 + channels * max(1, _bits(image) // 8)) * pixels  # one strip may hold the whole picture
     if _format_of(image) == "JPEG":
-        coefficients = 2 * channels if image.info.get("progressive") else 0  # held until the last scan
-        return coefficients * pixels + 4 * pixels // scale**2
+        # A progressive JPEG's coefficients, of 2 bytes, are all held until its last scan.
+        held = 2 * _SAMPLES.get(JpegImagePlugin.get_sampling(image), channels) if image.info.get("progressive") else 0
+        return int(held * pixels) + 4 * pixels // scale**2
     return 4 * pixels
 
 
