@@ -99,14 +99,13 @@ def plain_loop(model: Any, accumulate: int = 1, clip: float | None = None) -> No
     step = 0
     for number, batch in enumerate(batches):
         due = (number + 1) % accumulate == 0 or number + 1 == len(batches)
-        in_step = number % accumulate + 1
         for index, group in enumerate((makers, judges)):
             gradients = torch.autograd.grad(losses(model, batch, index, step), group, allow_unused=True)
             for total, gradient in zip(gathered[index], gradients, strict=True):
                 total += 0.0 if gradient is None else gradient
             if due:
                 for parameter, total in zip(group, gathered[index], strict=True):
-                    parameter.grad = total / in_step
+                    parameter.grad = total / accumulate
                     total.zero_()
                 if clip is not None:
                     torch.nn.utils.clip_grad_norm_(group, clip)
