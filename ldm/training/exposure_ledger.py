@@ -21,7 +21,7 @@ NEEDED: Final = ("path", "exposure", "caption", "dropped", "training_size", "cro
 class ExposureLedger(pl.Callback):
     """Writes down every exposure that a run trains on, in ``<run>/exposure.jsonl``.
 
-    An entry also has ``batch`` (its number in the epoch) and ``step`` (optimiser steps before it). On several
+    An entry also has ``batch`` (its number in the epoch, from 0) and ``step`` (optimiser steps when it was done). On several
     devices each writes a file of its own: ``exposure.rank1.jsonl`` is the second one's. A resumed run goes on in
     the same file; entries beyond the checkpoint it starts from are taken out, for their exposures come again.
 
