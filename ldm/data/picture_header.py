@@ -52,6 +52,8 @@ DECODER_ERRORS: Final = (
 PictureSource: TypeAlias = str | os.PathLike[str] | IO[bytes]
 """A file's path, or a seekable stream that holds a whole file (a PNG may tell its orientation at its end)."""
 
+_TERSE: Final = ("decoder error", "could not create decoder object", "cannot load this image", "failed to read next")
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -311,7 +313,8 @@ def describe_damage(error: BaseException) -> str:
         return "there is not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"damaged ({text})" if text.startswith(_TERSE) or not isinstance(error, OSError) else text
 
 
 def source_name(source: PictureSource) -> str:
