@@ -150,6 +150,19 @@ class _Autoencoder(pl.LightningModule, ABC):
             x = x[..., None]
         return rearrange(x, "b h w c -> b c h w").contiguous().float().to(self.device)
 
+    def check_size(self, x: Tensor) -> None:
+        """Refuse pictures (B, C, H, W) that would lose their last rows or columns in being encoded.
+
+        Raises:
+            ValueError: height or width does not divide by the pixels that a latent cell is wide.
+        """
+        height, width = x.shape[2:]
+        if height % self.downsampling_factor or width % self.downsampling_factor:
+            raise ValueError(
+                f"pictures of {width}x{height} pixels cannot be encoded: width and height must be multiples of "
+                f"{self.downsampling_factor} for this first stage; choose another size, or resize_mode: squash"
+            )
+
     @abstractmethod
     def reconstruct(self, x: Tensor, exposures: Tensor, purpose: str) -> tuple[Any, ...]:
         """Reconstruct pictures, with all that the loss needs beside the reconstructions.
@@ -377,7 +390,12 @@ class AutoencoderKL(_Autoencoder):
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Encode pictures (B, C, H, W) in [-1, 1] to the posterior over latents (B, embed_dim, H/f, W/f)."""
+        """Encode pictures (B, C, H, W) in [-1, 1] to the posterior over latents (B, embed_dim, H/f, W/f).
+
+        Raises:
+            ValueError: see :meth:`check_size`.
+        """
+        self.check_size(x)
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -531,7 +549,12 @@ class VQModel(_Autoencoder):
         return self.quantize(self.encode_to_prequant(x))
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
-        """Encode pictures (B, C, H, W) to latents (B, embed_dim, h, w) that are no codes yet."""
+        """Encode pictures (B, C, H, W) to latents (B, embed_dim, h, w) that are no codes yet.
+
+        Raises:
+            ValueError: see :meth:`check_size`.
+        """
+        self.check_size(x)
         return self.quant_conv(self.encoder(x))
 
     def decode(self, quant: Tensor) -> Tensor:

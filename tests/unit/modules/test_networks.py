@@ -89,6 +89,12 @@ def test_growing_to_an_odd_size_takes_the_nearest_neighbour():
     assert grown[0, 0].tolist() == [[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0], [3.0, 3.0, 4.0, 4.0]]
 
 
+def test_a_first_stage_refuses_pictures_that_it_would_cut():
+    model = instantiate_from_config(first_stage_config())
+    with pytest.raises(ValueError, match=r"pictures of 14x9 pixels cannot be encoded: .* must be multiples of 2"):
+        model.encode(torch.randn(1, 3, 9, 14))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("levels", [3, 4])
 def test_a_first_stage_gives_pictures_of_multiples_of_its_factor_back_at_their_size(levels):
