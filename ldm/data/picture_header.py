@@ -204,7 +204,8 @@ def open_picture(source: PictureSource) -> Iterator[ImageFile.ImageFile]:
     _silence_pillow()
     if _file_bytes(source) == 0:
         raise OSError("not a picture: the file is empty")
-    with Image.open(source, formats=_readable_formats()) as image:
+    with _open_file(source) as file:
+        image = Image.open(file, formats=_readable_formats())
         needed = decode_bytes(image)
         if needed > MAX_DECODE_BYTES:
             raise OSError(
@@ -285,21 +286,11 @@ def count_scans(source: PictureSource) -> int:
     Returns:
         How many scans it has, or a few more (a thumbnail's may be counted).
     """
-    if not isinstance(source, str | os.PathLike):
-        position = source.tell()
-        source.seek(0)
-        scans = _count_markers(source)
-        source.seek(position)
-        return scans
-    with open(source, "rb") as file:
-        return _count_markers(file)
-
-
-def _count_markers(file: IO[bytes]) -> int:
     found, last = 0, b""
-    while block := file.read(1 << 20):
-        found += (last + block).count(b"\xff\xda")
-        last = block[-1:]
+    with _open_file(source) as file:
+        while block := file.read(1 << 20):
+            found += (last + block).count(b"\xff\xda")
+            last = block[-1:]
     return found
 
 
@@ -320,6 +311,19 @@ def describe_damage(error: BaseException) -> str:
 def source_name(source: PictureSource) -> str:
     """Name a picture's source for a message."""
     return str(getattr(source, "name", "picture")) if not isinstance(source, str | os.PathLike) else os.fspath(source)
+
+
+@contextmanager
+def _open_file(source: PictureSource, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """Open a file, or rewind a stream and put it back to where it was."""
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb", buffering=buffering) as file:
+            yield file
+    else:
+        position = source.tell()
+        source.seek(0)
+        yield source
+        source.seek(position)
 
 
 def _file_bytes(source: PictureSource) -> int:
@@ -390,13 +394,8 @@ def _read_notes(image: ImageFile.ImageFile, source: PictureSource) -> tuple[int,
     exif, bits = image.info.get("exif"), None
     xmp = image.info.get(_OUR_XMP_KEY, image.info.get(_XMP_KEY))
     if image.format == "PNG":
-        if isinstance(source, str | os.PathLike):
-            with open(source, "rb", buffering=0) as file:
-                exif, xmp, bits = _read_png_notes(file)
-        else:
-            position = source.tell()
-            exif, xmp, bits = _read_png_notes(source)
-            source.seek(position)
+        with _open_file(source, buffering=0) as file:  # it reads a few bytes here and there
+            exif, xmp, bits = _read_png_notes(file)
     orientation = _tiff_orientation(image) if image.format == "TIFF" else None
     if orientation is None and isinstance(exif, bytes):
         orientation = _exif_orientation(exif)

@@ -229,7 +229,7 @@ def test_every_broken_picture_is_found_with_its_reason(tmp_path: Path) -> None:
 def test_a_picture_named_twice_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     real_open = Image.open
-    monkeypatch.setattr(Image, "open", lambda path, **kwargs: opened.append(path) or real_open(path, **kwargs))
+    monkeypatch.setattr(Image, "open", lambda file, **kwargs: opened.append(file.name) or real_open(file, **kwargs))
     path = save(tmp_path / "a.png", GRADIENT)
     find_broken_pictures([path, path])
     assert opened == [path]
