@@ -6,14 +6,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.modules.encoders.tokenizer import build_tokenizer, split_into_chunks
+from ldm.modules.encoders.tokenizer import MOST_CHUNKS, build_tokenizer, split_into_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,6 @@ CLIP_VIT_L_14_TEXT: Mapping[str, Any] = {
     "projection_dim": 768,
 }
 """The numbers of Stable Diffusion v1's text encoder, openai/clip-vit-large-patch14."""
-
-MOST_CHUNKS: Final = 3
-"""Chunks of a long caption: 3 of 75 tokens are 225."""
 
 
 class AbstractEncoder(nn.Module):

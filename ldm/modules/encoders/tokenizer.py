@@ -14,6 +14,9 @@ from transformers import CLIPTokenizer
 VOCABULARY_SIZE = 49408
 BEGIN_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 
+MOST_CHUNKS: Final = 3
+"""Chunks of a long caption: 3 of 75 tokens are 225."""
+
 COMMA: Final = 267
 """Id of a comma that stands alone."""
 
