@@ -146,7 +146,7 @@ def _read_settings_file(path: str) -> tuple[dict[str, Fraction], list[str]]:
         return values, [f"{path}: is no YAML; write lines such as 'flip_p: 0.5'"]
     except ValueError as error:
         return values, [str(error)]
-    if root is None:
+    if root is None or root.tag == "tag:yaml.org,2002:null":  # nothing, or a line of --- alone
         return values, problems
     if not isinstance(root, yaml.MappingNode):
         return values, [f"{path}: is no mapping; write lines such as 'flip_p: 0.5'"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import unicodedata
 from collections import deque
@@ -142,19 +143,28 @@ class _Walk:
 
     def scan(self) -> Scan:
         """Walk through all folders, the links to folders last, so that a folder below the root keeps its own name."""
-        folders = [(self.data_root, "")]
+        folders = [(self.data_root, "", os.path.realpath(self.data_root))]
         links: deque[tuple[str, str]] = deque()
         while folders or links:
-            path, relative_path = folders.pop() if folders else links.popleft()
-            if self.enter(path):
-                subfolders = self.read_folder(path, relative_path)
-                folders += [(entry.path, name) for entry, name in reversed(subfolders) if not entry.is_symlink()]
-                links += [(entry.path, name) for entry, name in subfolders if entry.is_symlink()]
+            if folders:
+                path, relative_path, real_path = folders.pop()
+            else:
+                path, relative_path = links.popleft()
+                real_path = os.path.realpath(path)
+            if not self.enter(path, real_path):
+                continue
+            own: list[tuple[str, str, str]] = []
+            for entry, name in self.read_folder(path, relative_path):
+                real_name = os.path.join(real_path, entry.name)
+                if _is_link(entry, real_name):
+                    links.append((entry.path, name))
+                else:
+                    own.append((entry.path, name, real_name))
+            folders += reversed(own)
         return self.conclude()
 
-    def enter(self, path: str) -> bool:
+    def enter(self, path: str, real_path: str) -> bool:
         """Note a folder as read; False where it has been already, under another name."""
-        real_path = os.path.realpath(path)
         known = self.real_folders.get(real_path)
         if known is None:
             self.real_folders[real_path] = path
@@ -204,8 +214,11 @@ class _Walk:
     def is_folder(self, entry: os.DirEntry[str]) -> bool:
         try:
             return entry.is_dir()
-        except OSError:
-            self.link_warnings.append(f"{entry.path}: is a link to itself; it leads nowhere")
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                self.link_warnings.append(f"{entry.path}: is a link to itself; it leads nowhere")
+            else:
+                self.unreadable.append(f"{entry.path}: cannot be read ({error.strerror}); check its permissions")
             return False
 
     def is_readable(self, entry: os.DirEntry[str]) -> bool:
@@ -416,6 +429,11 @@ class _Walk:
 
 def _word_unprintable(path: str) -> str:
     return f"{os.fsencode(path).decode('utf-8', 'backslashreplace')}: the name is not UTF-8 text; rename it"
+
+
+def _is_link(entry: os.DirEntry[str], real_name: str) -> bool:
+    """Tell whether a folder is a link; Windows has junctions too, which only their real paths give away."""
+    return entry.is_symlink() or (os.name == "nt" and os.path.realpath(entry.path) != real_name)
 
 
 def _composed(text: str) -> str:

@@ -11,6 +11,8 @@ from ldm.data.scan import scan_data_root
 
 MakeRoot = Callable[..., Path]
 
+links = pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege on Windows")
+
 
 def test_pictures_come_sorted_by_folder_and_name(make_root: MakeRoot) -> None:
     root = make_root("b/z.png", "b/A.png", "a b/x.png", "a/y.png")
@@ -142,7 +144,7 @@ def test_a_root_that_is_a_file_is_an_error(tmp_path: Path) -> None:
         scan_data_root(str(tmp_path / "file"))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege on Windows")
+@links
 def test_linked_folders_and_files_are_followed(make_root: MakeRoot) -> None:
     elsewhere = make_root("x/1.png", "x/2.png", root="elsewhere")
     root = make_root("a/1.png")
@@ -151,7 +153,7 @@ def test_linked_folders_and_files_are_followed(make_root: MakeRoot) -> None:
     assert scan_data_root(str(root)).folder_counts == {"a": 2, "linked": 2}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege on Windows")
+@links
 def test_a_circle_of_links_ends(make_root: MakeRoot) -> None:
     root = make_root("a/1.png")
     (root / "a" / "loop").symlink_to(root / "a", target_is_directory=True)
@@ -163,3 +165,93 @@ def test_relative_paths_are_composed_whatever_the_file_system_stores(make_root: 
     (picture,) = scan_data_root(str(root)).pictures
     assert picture.relative_path == unicodedata.normalize("NFC", "é/é.png")
     assert os.path.exists(picture.path)
+
+
+def test_deeper_folders_are_folders_of_their_own_when_asked(make_root: MakeRoot) -> None:
+    root = make_root("man/1.png", "man/close ups/old/2.png", "man/close ups/3.png", "man a/4.png")
+    scan = scan_data_root(str(root), recursive=True)
+    assert scan.problems == []
+    assert [(picture.folder, picture.relative_path) for picture in scan.pictures] == [
+        ("man", "man/1.png"),
+        ("man/close ups", "man/close ups/3.png"),
+        ("man/close ups/old", "man/close ups/old/2.png"),
+        ("man a", "man a/4.png"),
+    ]
+    assert list(scan.folder_counts.items()) == [
+        ("man", 1),
+        ("man/close ups", 1),
+        ("man/close ups/old", 1),
+        ("man a", 1),
+    ]
+
+
+def test_a_folder_that_only_holds_folders_is_no_folder_of_a_deep_tree(make_root: MakeRoot) -> None:
+    root = make_root("a/b/c/1.png")
+    (root / "empty").mkdir()
+    assert scan_data_root(str(root), recursive=True).folder_counts == {"a/b/c": 1, "empty": 0}
+
+
+def test_a_picture_in_the_root_of_a_deep_tree_is_a_problem_too(make_root: MakeRoot) -> None:
+    (problem,) = scan_data_root(str(make_root("a/1.png", "2.png")), recursive=True).problems
+    assert "lies in the data root" in problem
+
+
+@links
+@pytest.mark.parametrize("recursive", [False, True])
+@pytest.mark.parametrize("target", ["", "a", "a/b"])
+def test_a_link_in_a_circle_is_told_and_not_followed(make_root: MakeRoot, recursive: bool, target: str) -> None:
+    root = make_root("a/1.png")
+    (root / "a" / "b").mkdir()
+    (root / "a" / "b" / "loop").symlink_to(root / target, target_is_directory=True)
+    scan = scan_data_root(str(root), recursive=recursive)
+    assert (len(scan.pictures), scan.problems) == (1, [])
+    assert scan.warnings == [
+        f"{root / 'a' / 'b' / 'loop'}: is a link in a circle, back to {root / target}; it is not followed"
+    ]
+
+
+@links
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_folder_that_links_lead_to_is_read_once_under_its_own_name(make_root: MakeRoot, recursive: bool) -> None:
+    root = make_root("z/1.png")
+    (root / "a link").symlink_to(root / "z", target_is_directory=True)
+    scan = scan_data_root(str(root), recursive=recursive)
+    assert scan.folder_counts == {"z": 1}
+    assert scan.warnings == [f"{root / 'a link'}: is the same folder as {root / 'z'}; it is read once, under that name"]
+
+
+@links
+def test_a_folder_elsewhere_is_read_under_its_first_link(make_root: MakeRoot) -> None:
+    elsewhere = make_root("x/1.png", "x/y/2.png", root="elsewhere")
+    root = make_root("a/1.png")
+    for name in ("c", "b"):
+        (root / name).symlink_to(elsewhere / "x", target_is_directory=True)
+    scan = scan_data_root(str(root), recursive=True)
+    assert scan.folder_counts == {"a": 1, "b": 1, "b/y": 1}
+    assert len(scan.warnings) == 1
+
+
+@links
+def test_a_link_to_itself_is_told(make_root: MakeRoot) -> None:
+    root = make_root("a/1.png")
+    (root / "a" / "loop").symlink_to("loop")
+    scan = scan_data_root(str(root))
+    assert (len(scan.pictures), scan.left_out) == (1, ["a/loop"])
+    assert scan.warnings == [f"{root / 'a' / 'loop'}: is a link to itself; it leads nowhere"]
+
+
+@links
+def test_a_picture_that_links_to_itself_is_a_problem(make_root: MakeRoot) -> None:
+    root = make_root("a/1.png")
+    (root / "a" / "2.png").symlink_to("2.png")
+    scan = scan_data_root(str(root))
+    (problem,) = scan.problems
+    assert problem.startswith(f"{root / 'a' / '2.png'}: cannot be read (")
+
+
+@links
+def test_a_picture_that_is_a_link_to_nothing_is_left_to_its_reader(make_root: MakeRoot) -> None:
+    root = make_root("a/1.png")
+    (root / "a" / "2.png").symlink_to("nowhere")
+    scan = scan_data_root(str(root))
+    assert (len(scan.pictures), scan.problems) == (2, [])
