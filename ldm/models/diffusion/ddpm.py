@@ -829,7 +829,9 @@ class LatentDiffusion(DDPM):
         return posterior.parameters
 
     def _cached_posterior(self, batch: Batch, bs: int | None) -> DiagonalGaussianDistribution:
-        return DiagonalGaussianDistribution(batch["moments"][:bs].to(self.device))
+        # In the layout that the encoder's attention leaves them in, which the last bits of a step depend on.
+        moments = batch["moments"][:bs].to(self.device, memory_format=torch.channels_last)
+        return DiagonalGaussianDistribution(moments)
 
     def _needs_pictures(self) -> str:
         return f"its condition is made from the pictures (model.params.cond_stage_key: {self.cond_stage_key})"
