@@ -39,9 +39,9 @@ def test_a_bucket_box_is_cut_along_one_side_at_most(source, size, crop, draws) -
 
 
 @FEW
-@given(SOURCES, SIZES)
-def test_a_centered_box_leaves_as_much_on_either_side(source, size) -> None:
-    left, top, right, bottom = bucket(source, size).box
+@given(SOURCES, SIZES, DRAWS)
+def test_a_centered_box_leaves_as_much_on_either_side_whatever_is_drawn(source, size, draws) -> None:
+    left, top, right, bottom = bucket(source, size, "center", draws).box
     assert left == pytest.approx(source[0] - right, abs=1e-9 * source[0])
     assert top == pytest.approx(source[1] - bottom, abs=1e-9 * source[1])
 
