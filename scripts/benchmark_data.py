@@ -1,18 +1,19 @@
 """Time how fast pictures can be read for training, by number of loader processes, and what limits it.
 
     python scripts/benchmark_data.py                                         # 64 synthetic photographs of 12 megapixels
-    python scripts/benchmark_data.py --data_root training_samples/MyProject  # the JPEGs of a folder
+    python scripts/benchmark_data.py --data_root training_samples/MyProject  # real pictures, laid out for training
     python scripts/benchmark_data.py --size 768 --workers 1,8,16
 
-Each figure is taken through torch's loader processes, as in training: a file is read, decoded, cut, resized and
-collated to bytes. Beside it stands what libjpeg alone does with the same files, on the same processors and in the
-same number of processes: decoding them whole, decoding them at the reduced scale that training uses, and as little
-as any reader of the whole file can do (its entropy coding, which an eighth of the size leaves to do).
+The training column is the training loader itself with its processes: order, buckets, captions, and each picture read,
+decoded, cut, resized and collated to bytes. Beside it stands what libjpeg alone does with the same files in as many
+processes: decoding them at the reduced scale that training uses, decoding them whole, and as little as any reader of
+the whole file can do (its entropy coding, which a decoding at an eighth of the size still has to do).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -29,29 +30,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ldm.data.image_transform import (  # noqa: E402
-    CROPS,
-    RESIZE_MODES,
-    Placement,
-    place,
-    read_headers,
-    read_training_bytes,
-    resample_filter,
-)
+from ldm.data.aspects import bucket_sizes, nearest_bucket  # noqa: E402
+from ldm.data.data_module import DataModuleFromConfig  # noqa: E402
+from ldm.data.every_dream import EveryDreamBatch  # noqa: E402
+from ldm.data.image_transform import RESIZE_MODES, draft_scale, place, read_headers  # noqa: E402
 
 PIPELINE: Final = "training"
 ENTROPY: Final = "entropy coding"
 WHOLE: Final = "whole decode"
 REDUCED: Final = "reduced decode"
-JPEG_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jfif"})
-RESAMPLE: Final = resample_filter("bicubic")
 LEAST_BATCHES: Final = 4
+LEAST_EXPOSURES: Final = 2_000
 
 
 @dataclass(frozen=True)
@@ -69,40 +63,24 @@ class Rate:
     images_per_second: float
 
 
-@dataclass(frozen=True)
-class Photograph:
-    """A file to read, and what of it is trained on."""
-
-    path: str
-    source: tuple[int, int]
-    placement: Placement
-
-
-class Readings(Dataset[Tensor]):
-    """Pictures read over and over in one of the ways that are compared.
+class Decodings(Dataset[int]):
+    """JPEG files that libjpeg decodes, and nothing more.
 
     Args:
-        photographs: what to read.
-        work: ``PIPELINE`` or one of the limits.
-        resize_mode: one of ``RESIZE_MODES``.
+        paths: the files.
+        scales: how many times smaller each is decoded: 1, 2, 4 or 8.
     """
 
-    def __init__(self, photographs: Sequence[Photograph], work: str, resize_mode: str) -> None:
-        self.photographs = photographs
-        self.work = work
-        self.resize_mode = resize_mode
+    def __init__(self, paths: Sequence[str], scales: Sequence[int]) -> None:
+        self.paths = paths
+        self.scales = scales
 
-    def __getitem__(self, index: int) -> Tensor:
-        photograph = self.photographs[index % len(self.photographs)]
-        if self.work == PIPELINE:
-            return torch.from_numpy(
-                read_training_bytes(photograph.path, photograph.placement, self.resize_mode, RESAMPLE)
-            )
-        with Image.open(photograph.path) as image:
-            scale = {ENTROPY: 8, WHOLE: 1, REDUCED: reduced_scale(photograph)}[self.work]
-            image.draft(None, (image.width // scale, image.height // scale))
+    def __getitem__(self, index: int) -> int:
+        number = index % len(self.paths)
+        with Image.open(self.paths[number]) as image:
+            image.draft(None, (image.width // self.scales[number], image.height // self.scales[number]))
             image.load()
-            return torch.tensor(image.size)
+            return image.width
 
 
 class Endless(Sampler[int]):
@@ -115,14 +93,6 @@ class Endless(Sampler[int]):
             index += 1
 
 
-def reduced_scale(photograph: Photograph) -> int:
-    """Tell at which scale training decodes a photograph: the smallest that leaves twice the pixels it needs."""
-    left, top, right, bottom = photograph.placement.box
-    width, height = photograph.placement.size
-    spare = min((right - left) / width, (bottom - top) / height)
-    return next((scale for scale in (8, 4, 2) if spare >= 2 * scale), 1)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Declare the command line.
 
@@ -130,12 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
         The parser.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root", type=Path, help="read the JPEG files in and below this folder instead")
+    parser.add_argument("--data_root", type=Path, help="read this folder of subfolders of pictures instead")
     parser.add_argument("--images", type=int, default=64, help="synthetic photographs (default: %(default)s)")
     parser.add_argument("--megapixels", type=float, default=12.0, help="of each of these (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="pixels, a multiple of 8 (default: %(default)s)")
     parser.add_argument("--resize_mode", choices=RESIZE_MODES, default="bucket", help="(default: %(default)s)")
-    parser.add_argument("--crop", choices=CROPS, default="center", help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures in a batch (default: %(default)s)")
     parser.add_argument("--workers", help="numbers of loader processes, as 1,2,4 (default: 1, 2, 4, ... and all cores)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time of each measurement (default: %(default)s)")
@@ -217,66 +186,106 @@ def make_photographs(folder: Path, count: int, megapixels: float) -> list[str]:
     return [str(path) for path in paths]
 
 
-def find_photographs(paths: Sequence[str], size: int, resize_mode: str, crop: str) -> list[Photograph]:
-    """Read the headers of JPEG files, and place each one.
+def build_dataset(data_root: Path, options: argparse.Namespace) -> EveryDreamBatch:
+    """Build the training set of a folder, with epochs long enough to measure in.
 
     Args:
-        paths: picture files.
-        size: side of the training square in pixels.
-        resize_mode: one of ``RESIZE_MODES``.
-        crop: one of ``CROPS``.
+        data_root: folder of subfolders of pictures.
+        options: the command line.
 
     Returns:
-        The JPEGs among them.
+        The data set, whose pictures come as bytes, as they do in training.
 
     Raises:
-        ValueError: there is none that can be read.
+        ValueError: the folder cannot be trained on.
+        OSError: there is no such folder.
     """
-    found = [
-        Photograph(
-            path,
-            (header.width, header.height),
-            place((header.width, header.height), (size, size), resize_mode, crop, (0.5, 0.5), False),
-        )
-        for path, header in read_headers(paths).items()
-        if not isinstance(header, str) and header.format == "JPEG"
-    ]
-    if not found:
-        raise ValueError("there is no JPEG file to read; give --data_root a folder of them, or leave it out")
-    return found
+    dataset = EveryDreamBatch(str(data_root), options.size, repeats=1, resize_mode=options.resize_mode)
+    repeats = -(-LEAST_EXPOSURES // len(dataset))
+    dataset = EveryDreamBatch(str(data_root), options.size, repeats=repeats, resize_mode=options.resize_mode)
+    dataset.as_bytes = True
+    return dataset
 
 
-def measure(photographs: Sequence[Photograph], work: str, workers: int, options: argparse.Namespace) -> Rate:
-    """Time one kind of work in a number of loader processes.
+def reduced_scales(dataset: EveryDreamBatch, resize_mode: str) -> dict[str, int]:
+    """Tell at which scale training decodes the JPEGs of a data set.
 
     Args:
-        photographs: what to read.
-        work: ``PIPELINE`` or one of the limits.
+        dataset: from :func:`build_dataset`.
+        resize_mode: one of ``RESIZE_MODES``.
+
+    Returns:
+        1, 2, 4 or 8 by path.
+    """
+    scales = {}
+    for path, header in read_headers([picture.path for picture in dataset.pictures]).items():
+        if not isinstance(header, str) and header.format == "JPEG":
+            source = (header.width, header.height)
+            size = (dataset.size or 0, dataset.size or 0)
+            if resize_mode == "bucket":
+                buckets = bucket_sizes(dataset.size or 0)
+                size = buckets[nearest_bucket(*source, buckets)]
+            placement = place(source, size, resize_mode, "center", (0.5, 0.5), False)
+            scales[path] = 1 if resize_mode == "squash" else draft_scale(placement)
+    return scales
+
+
+def time_training(dataset: EveryDreamBatch, workers: int, options: argparse.Namespace) -> Rate:
+    """Time the training loader.
+
+    Args:
+        dataset: from :func:`build_dataset`.
         workers: loader processes.
         options: the command line.
 
     Returns:
         The rate.
     """
-    loader = DataLoader(
-        Readings(photographs, work, options.resize_mode),
-        batch_size=options.batch_size,
-        sampler=Endless(),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=torch.stack,
-    )
-    batches = iter(loader)
-    # The first batches wait for the processes to start, and then find others already made.
+    module = DataModuleFromConfig(options.batch_size, num_workers=workers)
+    module.datasets["train"] = dataset
+    loader = module.train_dataloader()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    return Rate(PIPELINE, workers, time_batches((len(batch["path"]) for batch in batches), workers, options.seconds))
+
+
+def time_decoding(work: str, paths: Sequence[str], scales: Sequence[int], workers: int, seconds: float) -> Rate:
+    """Time libjpeg alone.
+
+    Args:
+        work: what to call it.
+        paths: JPEG files.
+        scales: how many times smaller each is decoded.
+        workers: loader processes.
+        seconds: time to measure for.
+
+    Returns:
+        The rate.
+    """
+    loader = DataLoader(Decodings(paths, scales), batch_size=4, sampler=Endless(), num_workers=workers)
+    return Rate(work, workers, time_batches((len(batch) for batch in loader), workers, seconds))
+
+
+def time_batches(sizes: Iterator[int], workers: int, seconds: float) -> float:
+    """Time an endless row of batches.
+
+    Args:
+        sizes: pictures in each batch, as it arrives.
+        workers: loader processes.
+        seconds: time to measure for.
+
+    Returns:
+        Images a second.
+    """
+    # The first batches wait for the processes to start, and the next find others already made.
     for _ in range(3 * workers):
-        next(batches)
+        next(sizes)
     started = time.perf_counter()
-    count, seconds = 0, 0.0
-    while count < LEAST_BATCHES or seconds < options.seconds:
-        next(batches)
-        count += 1
-        seconds = time.perf_counter() - started
-    return Rate(work, workers, count * options.batch_size / seconds)
+    images, batches, passed = 0, 0, 0.0
+    while batches < LEAST_BATCHES or passed < seconds:
+        images += next(sizes)
+        batches += 1
+        passed = time.perf_counter() - started
+    return images / passed
 
 
 def format_report(rates: Sequence[Rate], target: float) -> list[str]:
@@ -340,24 +349,26 @@ def run(options: argparse.Namespace, folder: Path, say: Callable[[str], None]) -
     counts = worker_counts(options.workers, cores)
     if options.data_root is None:
         say(f"writing {options.images} photographs of {options.megapixels:g} megapixels ...")
-        paths = make_photographs(folder, options.images, options.megapixels)
-    else:
-        paths = [str(path) for path in sorted(options.data_root.rglob("*")) if path.suffix.lower() in JPEG_SUFFIXES]
-    photographs = find_photographs(paths, options.size, options.resize_mode, options.crop)
-    pixels = sum(width * height for width, height in (photograph.source for photograph in photographs))
-    stored = sum(os.path.getsize(photograph.path) for photograph in photographs)
+        (folder / "photographs").mkdir()
+        make_photographs(folder / "photographs", options.images, options.megapixels)
+    dataset = build_dataset(options.data_root or folder, options)
+    paths = [picture.path for picture in dataset.pictures]
+    pixels = sum(header.width * header.height for header in read_headers(paths).values() if not isinstance(header, str))
     say(
-        f"{len(photographs)} JPEG files of {pixels / len(photographs) / 1e6:.1f} megapixels and "
-        f"{stored / len(photographs) / 1e6:.1f} MB on average, to {options.size}x{options.size} ({options.resize_mode})"
+        f"{len(paths)} pictures of {pixels / len(paths) / 1e6:.1f} megapixels and "
+        f"{sum(map(os.path.getsize, paths)) / len(paths) / 1e6:.1f} MB on average, to {options.size} pixels "
+        f"({options.resize_mode})"
     )
     say(f"{cores} processor cores, {processor_name()}; torch {torch.__version__}, Pillow {Image.__version__}")
+    scales = reduced_scales(dataset, options.resize_mode)
+    limits = {REDUCED: list(scales.values()), WHOLE: [1] * len(scales), ENTROPY: [8] * len(scales)} if scales else {}
     rates: list[Rate] = []
     for workers in counts:
-        # The limits are taken at both ends: with one process, and with all of them at once.
-        extremes = workers in (counts[0], counts[-1])
-        for work in (PIPELINE, REDUCED, WHOLE, ENTROPY) if extremes else (PIPELINE,):
-            say(f"measuring {work} with {workers} ...")
-            rates.append(measure(photographs, work, workers, options))
+        say(f"measuring with {workers} ...")
+        rates.append(time_training(dataset, workers, options))
+        if workers in (counts[0], counts[-1]):  # the limits: in one process, and in as many as there are
+            for work, work_scales in limits.items():
+                rates.append(time_decoding(work, list(scales), work_scales, workers, options.seconds))
     return rates
 
 

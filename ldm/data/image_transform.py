@@ -44,6 +44,7 @@ __all__ = [
     "Placement",
     "crop_center_square",
     "describe_damage",
+    "draft_scale",
     "enlargement",
     "find_broken_pictures",
     "place",
@@ -217,7 +218,8 @@ def read_training_bytes(
             full_size = upright_size(opened, orientation)
             if placement.box[2] > full_size[0] or placement.box[3] > full_size[1]:
                 raise OSError(f"is {full_size[0]}x{full_size[1]} pixels now, less than when the data set was read")
-            scale = 1 if resize_mode == "squash" else _draft_scale(opened, placement)
+            may_reduce = opened.format in ("JPEG", "MPO") and resize_mode != "squash"
+            scale = draft_scale(placement) if may_reduce else 1
             if scale > 1:
                 opened.draft(None, (opened.width // scale, opened.height // scale))
             picture = _load_upright(opened, orientation)
@@ -233,10 +235,15 @@ def read_training_bytes(
     return np.ascontiguousarray(pixels[:, ::-1]) if placement.flip else pixels
 
 
-def _draft_scale(opened: ImageFile.ImageFile, placement: Placement) -> int:
-    """Choose how many times smaller a JPEG is decoded; 1 for other formats."""
-    if opened.format not in ("JPEG", "MPO"):
-        return 1
+def draft_scale(placement: Placement) -> int:
+    """Choose how many times smaller a JPEG is decoded, so that twice the training size is left of the part.
+
+    Args:
+        placement: from :func:`place`.
+
+    Returns:
+        8, 4, 2 or 1.
+    """
     spare = 1 / enlargement(placement)
     return next((scale for scale in (8, 4, 2) if spare >= _DRAFT_MARGIN * scale), 1)
 
