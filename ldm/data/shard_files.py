@@ -18,11 +18,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import requests
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ldm.data.tar_index import ShardIndex, build_index, read_index, write_index
 
@@ -189,21 +190,56 @@ class ShardFiles:
         """Leave out the thread that fetches ahead: it belongs to the process that plans."""
         return {**self.__dict__, "_ahead": None}
 
-    def local_path(self, number: int, attempts: int = ATTEMPTS) -> str:
+    def local_path(self, number: int) -> str:
         """Give a shard's file on this machine, fetching it if need be.
 
-        Args:
-            number: the shard.
-            attempts: how often to try without a byte of progress.
+        A copy may be removed at any time to make room for another; :meth:`in_use` keeps it.
 
         Raises:
             OSError: it cannot be fetched; names the URL.
         """
         shard = self.shards[number]
-        return self._fetch(shard, attempts) if is_url(shard) else shard
+        if not is_url(shard):
+            return shard
+        path = self._copy_path(shard)
+        with suppress(FileNotFoundError):
+            if self._is_whole(shard, path):
+                os.utime(path)  # the longest unused copies go first
+                return path
+        with self.in_use(number):
+            return path
 
-    def index(self, number: int) -> ShardIndex:
+    @contextmanager
+    def in_use(self, number: int, attempts: int = ATTEMPTS) -> Iterator[str]:
+        """Keep a shard's file on this machine, fetching it if need be, for as long as the context lasts.
+
+        Args:
+            number: the shard.
+            attempts: how often to try without a byte of progress.
+
+        Yields:
+            Its path.
+
+        Raises:
+            OSError: it cannot be fetched; names the URL.
+        """
+        shard = self.shards[number]
+        if not is_url(shard):
+            yield shard
+            return
+        path = self._copy_path(shard)
+        with self._lock(path):
+            if not self._is_whole(shard, path):
+                self._fetch(shard, path, attempts)
+            os.utime(path)
+            yield path
+
+    def index(self, number: int, attempts: int = ATTEMPTS) -> ShardIndex:
         """Give a shard's index, building it if there is none or it is of another state of the tar.
+
+        Args:
+            number: the shard.
+            attempts: how often to try to fetch it without a byte of progress.
 
         Raises:
             OSError: the shard cannot be fetched or read; names it.
@@ -214,8 +250,8 @@ class ShardFiles:
         with self._lock(self._index_path(number)):
             index = self._kept_index(number)  # another process may have been faster
             if index is None:
-                path = self.local_path(number)
-                index = build_index(path, self._stamp(number))
+                with self.in_use(number, attempts) as path:
+                    index = build_index(path, self._stamp(number))
                 write_index(index, self._index_path(number))
         return index
 
@@ -253,8 +289,15 @@ class ShardFiles:
             )
 
     def fetch_ahead(self, numbers: Iterable[int]) -> None:
-        """Fetch and index shards in the background, in turn; local ones are passed over."""
+        """Fetch and index shards in the background, in turn, in place of what is still to be fetched so.
+
+        Args:
+            numbers: the shards; local ones are passed over.
+        """
         wanted = [number for number in numbers if is_url(self.shards[number])]
+        with suppress(queue.Empty):
+            while self._ahead is not None:
+                self._ahead.get_nowait()
         if not wanted:
             return
         if self._ahead is None:
@@ -267,8 +310,9 @@ class ShardFiles:
         while True:
             number = numbers.get()
             try:
-                self.local_path(number, attempts=1)
-                self.index(number)
+                self.index(number, attempts=1)
+                with self.in_use(number, attempts=1):
+                    pass
             except OSError as error:
                 logger.warning("fetching ahead: %s; it is tried again when it is needed", error)
 
@@ -313,21 +357,18 @@ class ShardFiles:
             return {}
         return noted if isinstance(noted, dict) else {}
 
-    def _fetch(self, url: str, attempts: int) -> str:
-        path = self._place("shards", url, ".tar")
-        if not self._is_whole(url, path):
-            with self._lock(path):
-                if not self._is_whole(url, path):
-                    try:
-                        self._download(url, path, attempts)
-                    except requests.RequestException as error:
-                        raise OSError(f"{url}: cannot be fetched: {error}") from error
-                    except OSError as error:
-                        if error.filename is None:
-                            raise
-                        raise OSError(f"{url}: cannot be kept as {error.filename}: {error.strerror}") from error
-        os.utime(path)  # the longest unused copies go first
-        return path
+    def _copy_path(self, url: str) -> str:
+        return self._place("shards", url, ".tar")
+
+    def _fetch(self, url: str, path: str, attempts: int) -> None:
+        try:
+            self._download(url, path, attempts)
+        except requests.RequestException as error:
+            raise OSError(f"{url}: cannot be fetched: {error}") from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise OSError(f"{url}: cannot be kept as {error.filename}: {error.strerror}") from error
 
     def _is_whole(self, url: str, path: str) -> bool:
         return os.path.isfile(path) and os.path.getsize(path) == self._fetched(url).get("length")
@@ -406,12 +447,11 @@ class ShardFiles:
             for _, size, path in sorted(copies):
                 if total + length <= self._cache_bytes:
                     break
-                try:
+                # Not what is being read, though the copies then take more for a while. Windows refuses by itself.
+                with suppress(Timeout, PermissionError), self._lock(path).acquire(timeout=0):
                     os.remove(path)
-                except PermissionError:
-                    continue  # Windows does not remove a file that is being read
-                total -= size
-                logger.debug("removed %s to make room for %s", path, url)
+                    total -= size
+                    logger.debug("removed %s to make room for %s", path, url)
 
 
 def _size(path: str) -> int:

@@ -315,6 +315,13 @@ class WebShards(Dataset[dict[str, Any]]):
         return self.exposures_per_epoch is not None and self.set == "train" and self.resize_mode == "bucket"
 
     @property
+    def summary_line(self) -> str:
+        """What the start of a run says of this set, on one line."""
+        shards = f"{len(self.shards):,} shard{'' if len(self.shards) == 1 else 's'}"
+        known = "" if self.exposures_per_epoch is None else f", {sum(self._counts.values()):,} samples indexed so far"
+        return f"{shards}, {len(self):,} exposures an epoch{known}"
+
+    @property
     def known_ahead(self) -> bool:
         """Whether later epochs can be planned without fetching what they show."""
         return self.exposures_per_epoch is None
@@ -480,19 +487,19 @@ class WebShards(Dataset[dict[str, Any]]):
 
     def _read_sample(self, shard: int, sample: int) -> tuple[bytes, str]:
         """Read a sample's picture and caption out of its tar."""
+        try:
+            return self._read_from(self._files.local_path(shard), shard, sample)
+        except FileNotFoundError:
+            # Another process has just removed this copy to make room for another.
+            with self._files.in_use(shard) as path:
+                return self._read_from(path, shard, sample)
+
+    def _read_from(self, path: str, shard: int, sample: int) -> tuple[bytes, str]:
         held = self._index(shard)
-        for attempt in (1, 2, 3):
-            path = self._files.local_path(shard)
-            self._files.check_state(shard, held, path)
-            try:
-                with open(path, "rb") as file:
-                    caption = read_caption(file, held.texts[sample])
-                    return read_member(file, *(int(number) for number in held.pictures[sample])), caption
-            except FileNotFoundError:
-                # Another process made room by removing this copy between the two lines above.
-                if attempt == 3 or not is_url(self.shards[shard]):
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+        self._files.check_state(shard, held, path)
+        with open(path, "rb") as file:
+            caption = read_caption(file, held.texts[sample])
+            return read_member(file, *(int(number) for number in held.pictures[sample])), caption
 
     def _pixels(self, picture: bytes, path: str, placement: Placement) -> npt.NDArray[np.uint8]:
         stream = io.BytesIO(picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,28 @@ def test_a_local_tar_is_read_once_for_its_index(tmp_path: Path, monkeypatch: pyt
     files.index(0)
     monkeypatch.delattr(shard_files, "build_index")
     assert len(files.index(0)) == 2
+
+
+def test_a_copy_that_is_in_use_is_not_removed(server: FileServer, tmp_path: Path) -> None:
+    files = files_at(server, tmp_path, cache_gib=(len(server.files["00002.tar"]) + 10) / GIB)
+    with files.in_use(0) as first:
+        files.local_path(1)
+        assert os.path.exists(first)
+    files.local_path(2)
+    assert not os.path.exists(first)
+
+
+def test_shards_are_indexed_beside_each_other_also_where_there_is_room_for_one(
+    server: FileServer, tmp_path: Path
+) -> None:
+    files = files_at(server, tmp_path, cache_gib=(len(server.files["00002.tar"]) + 10) / GIB)
+    assert [len(index) for index in files.indices([0, 1, 2])] == [2, 3, 4]
+
+
+def test_several_processes_build_one_index(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "laion", [4] * 6)
+    with ThreadPoolExecutor(4) as pool:
+        sets = [ShardFiles(expand_shards(str(folder)), str(tmp_path / "cache"), 1.0) for _ in range(4)]
+        found = list(pool.map(lambda files: [len(index) for index in files.indices(range(6))], sets))
+    assert found == [[4] * 6] * 4
+    assert len(list((tmp_path / "cache" / "indices").glob("*.npz"))) == 6

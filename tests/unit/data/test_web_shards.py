@@ -102,6 +102,13 @@ def test_a_row_tells_any_position_without_those_before_it() -> None:
     assert listed == [shard for _, shard, _ in row[4:38]]
 
 
+def test_shards_say_what_an_epoch_shows(make: Make) -> None:
+    assert make().summary_line == "3 shards, 15 exposures an epoch"
+    dataset = make(exposures_per_epoch=3)
+    dataset.training_sizes(0)
+    assert dataset.summary_line.startswith("3 shards, 3 exposures an epoch, ")
+
+
 def test_training_sizes_are_those_of_the_items(make: Make) -> None:
     dataset = make(exposures_per_epoch=7)
     sizes = dataset.training_sizes(1)
