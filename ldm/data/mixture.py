@@ -213,6 +213,15 @@ class Mixture(Dataset[dict[str, Any]]):
         return parts
 
     @property
+    def summary_line(self) -> str:
+        """What the start of a run says of this set, on one line."""
+        shown = [
+            f"{stop - start:,} exposures of {name} ({type(self.parts[name]).__name__})"
+            for name, start, stop in self.stretches(0)
+        ]
+        return f"an epoch mixes {' and '.join(shown)}"
+
+    @property
     def pictures(self) -> list[Any]:
         """The pictures of those sets that list theirs."""
         return [picture for part in self.parts.values() for picture in getattr(part, "pictures", ())]

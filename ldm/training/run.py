@@ -269,13 +269,14 @@ def _summarise(
         raise ValueError("\n".join(problems))
     _warn_of_cut_captions(model, data)
     training_batches: int | Callable[[int], int] = batches("train")
-    if getattr(training_set, "epochs_differ", False):
+    # Shards at URLs are fetched when an epoch first reaches them: to count all epochs would fetch all now.
+    if getattr(training_set, "epochs_differ", False) and getattr(training_set, "known_ahead", True):
         training_batches = partial(data.steps_per_epoch, "train", devices)
     return RunSummary(
         run_folder=str(run.directory.path),
         weights=source,
         images=images,
-        training_set=f"{type(training_set).__name__}, {len(training_set)} items",
+        training_set=getattr(training_set, "summary_line", f"{type(training_set).__name__}, {len(training_set)} items"),
         repeats=repeats,
         left_out=left_out,
         batch_size=run.config["data"]["params"]["batch_size"],

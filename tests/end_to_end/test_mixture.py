@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ldm.training.run import main
 from tests.conftest import ROOT
 from tests.end_to_end.conftest import SMALL, TINY
@@ -20,7 +22,9 @@ def ledger(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "exposure.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_mixed_run_shows_both_sets_at_the_ratio_also_where_it_is_resumed(workplace: Path, tmp_path: Path) -> None:
+def test_a_mixed_run_shows_both_sets_at_the_ratio_also_where_it_is_resumed(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shards(tmp_path / "laion", [2, 3], sizes=((48, 48), (96, 48)))
     command = [
         *("--base", str(TINY), str(OVERLAY), "-t", "--no-test", "-n", "mixed", "-l", str(tmp_path / "logs")),
@@ -33,6 +37,7 @@ def test_a_mixed_run_shows_both_sets_at_the_ratio_also_where_it_is_resumed(workp
         "lightning.trainer.limit_val_batches=0",
     ]
     assert main([*command, "--max_steps", "3"]) == 0
+    assert "training set: an epoch mixes 4 exposures of man (EveryDreamBatch) and 4" in capsys.readouterr().out
     (run,) = (tmp_path / "logs").iterdir()
     assert main(["-t", "-r", str(run), "--max_steps=-1", "--max_epochs", "2"]) == 0
 

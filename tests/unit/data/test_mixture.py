@@ -188,6 +188,12 @@ def test_the_shards_of_later_epochs_are_not_looked_at(make: Make, tmp_path: Path
     assert make().known_ahead is False
 
 
+def test_a_mixture_says_what_an_epoch_shows(make: Make) -> None:
+    assert make("man 2 : laion 1").summary_line == (
+        "an epoch mixes 6 exposures of man (EveryDreamBatch) and 3 exposures of laion (WebShards)"
+    )
+
+
 def test_what_is_given_for_all_holds_for_each_set_that_does_not_say_otherwise(make: Make) -> None:
     mixture = make(laion={"size": 24}, flip_p=0.25, repeats=4)
     man, laion = mixture.parts["man"], mixture.parts["laion"]
