@@ -7,7 +7,8 @@
 The training column is the training loader itself with its processes: order, buckets, captions, and each picture read,
 decoded, cut, resized and collated to bytes. Beside it stands what libjpeg alone does with the same files in as many
 processes: decoding them at the reduced scale that training uses, decoding them whole, and as little as any reader of
-the whole file can do (its entropy coding, which a decoding at an eighth of the size still has to do).
+the whole file can do (its entropy coding, which a decoding at an eighth of the size still has to do). The first row
+is what the processor time of one image, taken in this process, allows a core that does nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ class Rate:
 
     Attributes:
         work: ``PIPELINE`` or one of the limits.
-        workers: loader processes.
+        workers: loader processes; 0: this process, by its processor time.
         images_per_second: in all of them together.
     """
 
@@ -265,6 +266,26 @@ def time_decoding(work: str, paths: Sequence[str], scales: Sequence[int], worker
     return Rate(work, workers, time_batches((len(batch) for batch in loader), workers, seconds))
 
 
+def time_core(work: str, items: Dataset[Any], count: int, seconds: float) -> Rate:
+    """Measure how many images a second of processor time suffices for.
+
+    Args:
+        work: what to call it.
+        items: pictures or decodings.
+        count: how many of them there are.
+        seconds: time to measure for.
+
+    Returns:
+        The rate, for no worker.
+    """
+    started, began = time.perf_counter(), time.process_time()
+    images = 0
+    while not images or time.perf_counter() - started < seconds:
+        items[images % count]
+        images += 1
+    return Rate(work, 0, images / (time.process_time() - began))
+
+
 def time_batches(sizes: Iterator[int], workers: int, seconds: float) -> float:
     """Time an endless row of batches.
 
@@ -301,12 +322,13 @@ def format_report(rates: Sequence[Rate], target: float) -> list[str]:
     by_work = {(rate.work, rate.workers): rate.images_per_second for rate in rates}
     columns = (PIPELINE, REDUCED, WHOLE, ENTROPY)
     lines = [f"{'images/s with':>16}" + "".join(f"{name:>16}" for name in (*columns, "training/worker"))]
-    pipeline = [rate for rate in rates if rate.work == PIPELINE]
-    for rate in pipeline:
-        cells = [by_work.get((name, rate.workers)) for name in columns]
+    for workers in sorted({rate.workers for rate in rates}):
+        cells = [by_work.get((name, workers)) for name in columns]
+        cells.append(by_work[PIPELINE, workers] / workers if workers else None)
+        label = f"{workers} worker" + ("s" if workers > 1 else "") if workers else "a core, at most"
         row = "".join(f"{'' if cell is None else format(cell, '.1f'):>16}" for cell in cells)
-        label = f"{rate.workers} worker" + ("s" if rate.workers > 1 else "")
-        lines.append(f"{label:>16}{row}{rate.images_per_second / rate.workers:>16.1f}")
+        lines.append(f"{label:>16}{row}".rstrip())
+    pipeline = [rate for rate in rates if rate.work == PIPELINE and rate.workers]
     fastest = max(pipeline, key=lambda rate: rate.images_per_second)
     enough = [rate.workers for rate in pipeline if rate.images_per_second >= target]
     if enough:
@@ -362,7 +384,10 @@ def run(options: argparse.Namespace, folder: Path, say: Callable[[str], None]) -
     say(f"{cores} processor cores, {processor_name()}; torch {torch.__version__}, Pillow {Image.__version__}")
     scales = reduced_scales(dataset, options.resize_mode)
     limits = {REDUCED: list(scales.values()), WHOLE: [1] * len(scales), ENTROPY: [8] * len(scales)} if scales else {}
-    rates: list[Rate] = []
+    torch.set_num_threads(1)  # as in a loader process
+    rates = [time_core(PIPELINE, dataset, len(paths), options.seconds)]
+    for work, work_scales in limits.items():
+        rates.append(time_core(work, Decodings(list(scales), work_scales), len(scales), options.seconds))
     for workers in counts:
         say(f"measuring with {workers} ...")
         rates.append(time_training(dataset, workers, options))

@@ -24,9 +24,12 @@ def test_a_wrong_list_of_worker_counts_is_an_error_that_shows_one(text: str) -> 
 
 
 def test_a_target_in_reach_names_the_fewest_workers() -> None:
-    lines = benchmark_data.format_report([Rate(PIPELINE, 1, 80.0), Rate(PIPELINE, 2, 160.0), Rate(ENTROPY, 1, 90)], 150)
+    core = Rate(PIPELINE, 0, 200.0)
+    rates = [core, Rate(PIPELINE, 1, 80.0), Rate(PIPELINE, 2, 160.0), Rate(ENTROPY, 1, 90)]
+    lines = benchmark_data.format_report(rates, 150)
     assert lines[-1] == "150 images/s are reached with 2 workers"
-    assert lines[2].split() == ["2", "workers", "160.0", "80.0"]
+    assert lines[1].split() == ["a", "core,", "at", "most", "200.0"]
+    assert lines[3].split() == ["2", "workers", "160.0", "80.0"]
 
 
 def test_a_target_out_of_reach_names_the_cores_that_it_takes() -> None:
@@ -58,7 +61,8 @@ def test_every_kind_of_work_is_timed_and_written(tmp_path: Path, capsys: pytest.
     ]
     assert benchmark_data.main([*options, "--out", str(tmp_path / "rates.json")]) == 0
     rates = json.loads((tmp_path / "rates.json").read_text())
-    assert [rate["work"] for rate in rates] == ["training", "reduced decode", "whole decode", "entropy coding"]
+    kinds = ["training", "reduced decode", "whole decode", "entropy coding"]
+    assert [(rate["work"], rate["workers"]) for rate in rates] == [(kind, n) for n in (0, 1) for kind in kinds]
     assert all(rate["images_per_second"] > 0 for rate in rates)
     assert "training/worker" in capsys.readouterr().out
 
