@@ -239,4 +239,5 @@ def weights_digest(module: nn.Module) -> str:
 
 def format_bytes(count: int) -> str:
     """Write a number of bytes, such as ``78.6 MB``."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    unit, size = next((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 0)) if count >= size)
+    return f"{count / (size or 1e3):.1f} {unit}"

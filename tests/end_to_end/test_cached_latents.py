@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from ldm.training.run import main
-from tests.end_to_end.conftest import Train
+from tests.end_to_end.conftest import FinishedRun, Train, start
 from tests.end_to_end.test_training import assert_same_end, curve
 
 FLIPS = "data.params.train.params.flip_p=0.5"
@@ -55,8 +56,8 @@ def test_a_second_run_reuses_what_is_sound_and_makes_anew_what_is_damaged(
     words = (*cached(folder), "lightning.trainer.max_epochs=1")
     first = train(*words, name="first")
     told = capsys.readouterr().out
-    assert f"cached latents (train): 4 latents, 0.0 MB, in {folder}; 4 to make, 0.0 MB" in told
-    assert f"cached latents (validation): 4 latents, 0.0 MB, in {folder}; all there" in told
+    assert f"cached latents (train): 4 latents, 8.2 kB, in {folder}; 4 to make, 8.2 kB" in told
+    assert f"cached latents (validation): 4 latents, 8.2 kB, in {folder}; all there" in told
     entries = sorted(folder.glob("*/*"))
     written = {path: path.stat().st_mtime_ns for path in entries}
     entries[0].write_bytes(entries[0].read_bytes()[:-1] + b"?")
@@ -64,7 +65,7 @@ def test_a_second_run_reuses_what_is_sound_and_makes_anew_what_is_damaged(
     second = train(*words, name="second")
     told = capsys.readouterr().out
     assert f"{entries[0]}: is damaged" in told
-    assert "4 latents, 0.0 MB, in" in told
+    assert "4 latents, 8.2 kB, in" in told
     assert "1 to make" in told
     # A single picture may be encoded by another kernel than a batch, which rounds otherwise.
     assert curve(second) == pytest.approx(curve(first), rel=1e-5)
@@ -76,6 +77,34 @@ def test_sample_pictures_are_written_from_cached_latents(train: Train, tmp_path:
     words = [f"{logger}{word}" for word in ("disabled=false", "batch_frequency=2", "log_images_kwargs.ddim_steps=2")]
     run = train(*cached(tmp_path / "cache"), "lightning.trainer.max_steps=2", *words)
     assert len(list((run.path / "images" / "train").glob("inputs_*.jpg"))) == 1
+
+
+TWO_DEVICES = """
+model: {base_learning_rate: 0.01, target: tests.unit.training.latent_toy.LatentToy}
+data:
+  target: main.DataModuleFromConfig
+  params:
+    batch_size: 1
+    num_workers: 1
+    train: {target: ldm.data.every_dream.EveryDreamBatch, params: {size: 16, repeats: 1, cache_latents: memory}}
+    validation: {target: ldm.data.ed_validate.EDValidateBatch, params: {size: 16, cache_latents: disk}}
+lightning:
+  trainer: {max_epochs: 2, accelerator: cpu, devices: 2}
+  callbacks: {image_logger: {params: {disabled: true}}}
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the processes' library for CPUs is not built there")
+def test_two_devices_share_the_work_and_what_comes_of_it(workplace: Path, tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_DEVICES)
+    process = start("-b", "two.yaml", "-t", "-n", "two", "--data_root", str(workplace / "MyProject"), cwd=tmp_path)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert output.count("cached latents (train): 4 latents, 0.4 kB, in memory; 4 to make, 0.4 kB\n") == 1
+    assert output.count("cached latents (validation): 4 latents, 0.4 kB, in latent_cache; 4 to make, 0.4 kB\n") == 1
+    assert len(list((tmp_path / "latent_cache").glob("*/*"))) == 4
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert FinishedRun(folder).last["global_step"] == 4
 
 
 def test_a_model_that_is_trained_on_pictures_refuses_before_a_run_has_a_folder(

@@ -42,16 +42,16 @@ class ToyDiffusion(pl.LightningModule):
         loss = self.loss(batch)
         self.shown += [tuple(row) for row in batch["exposure"].tolist()]
         self.losses.append(loss.item())
-        self.log("train/loss", loss, batch_size=len(batch["image"]))
+        self.log("train/loss", loss, batch_size=len(batch["exposure"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         loss = self.loss(batch)
         self.validated.append(loss.item())
-        self.log("val/loss", loss, on_epoch=True, batch_size=len(batch["image"]))
+        self.log("val/loss", loss, on_epoch=True, batch_size=len(batch["exposure"]))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.log("test/loss", self.loss(batch), batch_size=len(batch["image"]))
+        self.log("test/loss", self.loss(batch), batch_size=len(batch["exposure"]))
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate)
