@@ -47,9 +47,21 @@ _FETCHED_AT_A_TIME: Final = 4
 _PROGRESS_SECONDS: Final = 15.0
 
 
+class BadAnswerError(requests.ConnectionError):
+    """A server sent something else than was asked for."""
+
+
 def is_url(shard: str) -> bool:
     """Tell a URL from a path of this machine."""
     return "://" in shard
+
+
+def public_name(shard: str) -> str:
+    """Name a shard for logs and ledgers: a URL without what follows its path, which may be a key to it."""
+    if not is_url(shard):
+        return shard
+    address = urlsplit(shard)
+    return f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -252,6 +264,11 @@ class ShardFiles:
             if index is None:
                 with self.in_use(number, attempts) as path:
                     index = build_index(path, self._stamp(number))
+                    if index.damage and is_url(self.shards[number]):
+                        # Servers that do not tell a length may break off unnoticed.
+                        os.remove(path)
+                        self._fetch(self.shards[number], path, attempts)
+                        index = build_index(path, self._stamp(number))
                 write_index(index, self._index_path(number))
         return index
 
@@ -284,8 +301,8 @@ class ShardFiles:
             is_url(self.shards[number]) and self._stamp(number) != index.stamp
         ):
             raise OSError(
-                f"{self.shards[number]}: has changed since its index was built; start anew, after removing "
-                f"{self._index_path(number)}"
+                f"{public_name(self.shards[number])}: has changed since its index was built; start anew, after "
+                f"removing {self._index_path(number)}"
             )
 
     def fetch_ahead(self, numbers: Iterable[int]) -> None:
@@ -364,11 +381,11 @@ class ShardFiles:
         try:
             self._download(url, path, attempts)
         except requests.RequestException as error:
-            raise OSError(f"{url}: cannot be fetched: {error}") from error
+            raise OSError(f"{public_name(url)}: cannot be fetched: {_reason(error)}") from error
         except OSError as error:
             if error.filename is None:
                 raise
-            raise OSError(f"{url}: cannot be kept as {error.filename}: {error.strerror}") from error
+            raise OSError(f"{public_name(url)}: cannot be kept as {error.filename}: {error.strerror}") from error
 
     def _is_whole(self, url: str, path: str) -> bool:
         return os.path.isfile(path) and os.path.getsize(path) == self._fetched(url).get("length")
@@ -388,7 +405,7 @@ class ShardFiles:
                 if failures >= attempts or (status is not None and status not in _PASSING_STATUS):
                     raise
                 pause = min(self._pause_seconds * 2 ** (failures - 1), _LONGEST_PAUSE_SECONDS)
-                logger.warning("%s: %s; trying again in %.0f s", url, error, pause)
+                logger.warning("%s: %s; trying again in %.0f s", public_name(url), _reason(error), pause)
                 time.sleep(pause)
         os.replace(part, path)
 
@@ -401,26 +418,26 @@ class ShardFiles:
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as answer:
             if answer.status_code == 416:
                 os.remove(part)
-                raise requests.ConnectionError("the part that was fetched before does not fit; it begins anew")
+                raise BadAnswerError("the part that was fetched before does not fit; it begins anew")
             answer.raise_for_status()
             goes_on = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {had}-")
             if answer.status_code == 206 and not goes_on:
-                raise requests.ConnectionError(f"asked for bytes from {had}, got {answer.headers.get('Content-Range')}")
+                raise BadAnswerError(f"asked for bytes from {had}, got {answer.headers.get('Content-Range')}")
             start = had if goes_on else 0
             stated = answer.headers.get("Content-Length")
             length = start + int(stated) if stated is not None else None
             if length is not None:
                 self._make_room(url, length)
             stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-            self._note(url, {"url": url, "length": length, "stamp": stamp})
+            self._note(url, {"url": public_name(url), "length": length, "stamp": stamp})
             with open(part, "ab" if goes_on else "wb") as file:
                 for chunk in answer.iter_content(_CHUNK_BYTES):
                     file.write(chunk)
         have = _size(part)
         if length is None:
-            self._note(url, {"url": url, "length": have, "stamp": stamp})
+            self._note(url, {"url": public_name(url), "length": have, "stamp": stamp})
         elif have != length:
-            raise requests.ConnectionError(f"got {have:,} of {length:,} bytes")
+            raise BadAnswerError(f"got {have:,} of {length:,} bytes")
 
     def _note(self, url: str, note: dict[str, Any]) -> None:
         path = self._place("shards", url, ".json")
@@ -433,8 +450,8 @@ class ShardFiles:
         """Remove the longest unused copies until one of a length fits."""
         if length > self._cache_bytes:
             raise OSError(
-                f"{url}: its {length / GIB:.2f} GiB are more than shard_cache_gib {self.cache_gib:g} allows all copies "
-                "together; raise it"
+                f"{public_name(url)}: its {length / GIB:.2f} GiB are more than shard_cache_gib "
+                f"{self.cache_gib:g} allows all copies together; raise it"
             )
         folder = os.path.join(self._cache_dir, "shards")
         with self._lock(folder):
@@ -451,7 +468,18 @@ class ShardFiles:
                 with suppress(Timeout, PermissionError), self._lock(path).acquire(timeout=0):
                     os.remove(path)
                     total -= size
-                    logger.debug("removed %s to make room for %s", path, url)
+                    logger.debug("removed %s to make room for %s", path, public_name(url))
+
+
+def _reason(error: requests.RequestException) -> str:
+    """Say what went wrong without the address, which requests repeats with all that follows its path."""
+    if error.response is not None:
+        return f"the server answers {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.Timeout):
+        return "the server does not answer in time"
+    if isinstance(error, BadAnswerError):
+        return str(error)
+    return f"the connection broke or cannot be made ({type(error).__name__})"
 
 
 def _size(path: str) -> int:

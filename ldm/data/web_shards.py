@@ -36,7 +36,7 @@ from ldm.data.image_transform import (
     resample_filter,
     to_unit_range,
 )
-from ldm.data.shard_files import GIB, ShardFiles, expand_shards, is_url, shard_names
+from ldm.data.shard_files import GIB, ShardFiles, expand_shards, is_url, public_name, shard_names
 from ldm.data.tar_index import ShardIndex, read_caption, read_member
 from ldm.exposure import EXPOSURE_COLUMNS, exposure_row, item_id, keyed_generator, uniform, uniform_pair
 
@@ -278,7 +278,7 @@ class WebShards(Dataset[dict[str, Any]]):
         self._files = ShardFiles(self.shards, shard_cache_dir or DEFAULT_CACHE_DIR, shard_cache_gib)
         self._row = ShardRow(len(self.shards), self._count, seed, shuffle_shards, shuffle=is_training)
         self._counts: dict[int, int] = {}
-        self._indices: OrderedDict[int, tuple[ShardIndex, npt.NDArray[np.int32]]] = OrderedDict()
+        self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
         self._planned: tuple[int, npt.NDArray[np.int32]] | None = None
 
     def _check(self, **given: Any) -> None:
@@ -372,7 +372,8 @@ class WebShards(Dataset[dict[str, Any]]):
         parts = [np.empty((0, 2), dtype=np.int32)]
         needed: list[int] = []
         for shards, chosen in self._row.stretches(start, stop):
-            parts.append(np.concatenate([self._sizes(shard) for shard in shards])[chosen])
+            sizes = np.concatenate([self._index(shard).sizes for shard in shards])[chosen]
+            parts.append(self._to_training_sizes(sizes))
             needed += shards
         self._get_ready(needed, stop, 2 * stop - start)
         return np.concatenate(parts)
@@ -399,13 +400,14 @@ class WebShards(Dataset[dict[str, Any]]):
         position = int(index) if self.set == "train" else int(index) % self.epoch_length(0)
         number, shard, sample = self._row.locate(position)
         held = self._index(shard)
-        path = f"{self.shards[shard]}/{held.name(sample)}"
+        path = f"{public_name(self.shards[shard])}/{held.name(sample)}"
         item = item_id(f"{self.names[shard]}/{held.name(sample)}")
         key = (self.seed, number, item, 0) if self.set == "train" else (0, 0, item, 0)
         exposure = exposure_row(*key)
         dropped = self.conditional_dropout > 0 and uniform("caption_dropout", exposure) < self.conditional_dropout
         width, height = (int(side) for side in held.sizes[sample])
-        training_width, training_height = (int(side) for side in self._sizes(shard)[sample])
+        training_sizes = self._to_training_sizes(held.sizes[sample : sample + 1])
+        training_width, training_height = (int(side) for side in training_sizes[0])
         across, down = uniform_pair("crop", exposure)
         placement = place(
             (width, height),
@@ -446,7 +448,7 @@ class WebShards(Dataset[dict[str, Any]]):
         Raises:
             OSError: there is no such sample, or it cannot be read.
         """
-        for shard, folder in enumerate(self.shards):
+        for shard, folder in enumerate(map(public_name, self.shards)):
             if path.startswith(f"{folder}/"):
                 found = np.flatnonzero(self._index(shard).names == path[len(folder) + 1 :].encode("utf-8"))
                 if len(found):
@@ -512,20 +514,13 @@ class WebShards(Dataset[dict[str, Any]]):
         return self._counts[shard]
 
     def _index(self, shard: int) -> ShardIndex:
-        return self._indexed(shard)[0]
-
-    def _sizes(self, shard: int) -> npt.NDArray[np.int32]:
-        """Give the training sizes of a shard's samples, int32 (N, 2)."""
-        return self._indexed(shard)[1]
-
-    def _indexed(self, shard: int) -> tuple[ShardIndex, npt.NDArray[np.int32]]:
         if shard not in self._indices:
             self._keep(shard, self._files.index(shard))
         self._indices.move_to_end(shard)
         return self._indices[shard]
 
     def _keep(self, shard: int, held: ShardIndex) -> None:
-        self._indices[shard] = (held, self._to_training_sizes(held.sizes))
+        self._indices[shard] = held
         while len(self._indices) > _KEPT_INDICES:
             self._indices.popitem(last=False)
 
@@ -545,12 +540,14 @@ class WebShards(Dataset[dict[str, Any]]):
         lines: list[str] = []
         for shard, held in zip(new, self._files.indices(new), strict=True):
             if held.damage:
-                lines.append(f"{self.shards[shard]}: {held.damage}; fetch or make it again")
-            lines += [f"{self.shards[shard]}/{name}: {reason}" for name, reason in held.bad.items()]
+                lines.append(f"{public_name(self.shards[shard])}: {held.damage}; fetch or make it again")
+            lines += [f"{public_name(self.shards[shard])}/{name}: {reason}" for name, reason in held.bad.items()]
             self._keep(shard, held)
             self._counts[shard] = len(held)
             if held.empty_captions and get_worker_info() is None:
-                logger.warning("%s: %d samples have an empty caption", self.shards[shard], held.empty_captions)
+                logger.warning(
+                    "%s: %d samples have an empty caption", public_name(self.shards[shard]), held.empty_captions
+                )
         if not lines:
             return
         if self.on_bad_image == "error":

@@ -21,6 +21,7 @@ class FileServer:
         requests: path and Range header of each request, in turn.
         drop_after: by path, how many bytes the next answers send before the connection breaks, in turn.
         statuses: by path, what the next requests are answered with, in turn.
+        then: by path, what takes the place of its content once that was sent, in turn.
     """
 
     url: str = ""
@@ -30,6 +31,7 @@ class FileServer:
     agents: set[str] = field(default_factory=set)
     drop_after: dict[str, list[int]] = field(default_factory=dict)
     statuses: dict[str, list[int]] = field(default_factory=dict)
+    then: dict[str, list[bytes]] = field(default_factory=dict)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -48,6 +50,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         content = state.files[path]
+        if state.then.get(path):
+            state.files[path] = state.then[path].pop(0)
         stamp = f'"{hash(content)}"'
         start = 0
         if self.headers.get("Range") and self.headers.get("If-Range") in (None, stamp):

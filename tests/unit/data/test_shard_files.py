@@ -196,3 +196,22 @@ def test_several_processes_build_one_index(tmp_path: Path) -> None:
         found = list(pool.map(lambda files: [len(index) for index in files.indices(range(6))], sets))
     assert found == [[4] * 6] * 4
     assert len(list((tmp_path / "cache" / "indices").glob("*.npz"))) == 6
+
+
+def test_what_follows_a_urls_path_is_told_to_its_server_alone(
+    server: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.statuses["00001.tar?key=secret"] = [503, 403]
+    files = ShardFiles([server.url + "00001.tar?key=secret"], str(tmp_path / "cache"), 1.0, pause_seconds=0.001)
+    with pytest.raises(OSError, match=r"00001\.tar: cannot be fetched: the server answers 403 Forbidden") as raised:
+        files.local_path(0)
+    assert "secret" not in f"{raised.value} {caplog.text} {list(tmp_path.rglob('*'))}"
+    assert "the server answers 503" in caplog.text
+
+
+def test_a_copy_that_is_damaged_is_fetched_once_more(server: FileServer, tmp_path: Path) -> None:
+    whole = server.files["00001.tar"]
+    server.then["00001.tar"] = [whole]
+    server.files["00001.tar"] = whole[:2000]
+    index = files_at(server, tmp_path).index(1)
+    assert (len(index), index.damage) == (3, "")
