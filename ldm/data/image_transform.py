@@ -493,6 +493,8 @@ def _damage(path: str, memory: _Memory, look: Callable[[str, Image.Image], objec
                 scale = next((scale for scale in (8, 4, 2) if min(opened.size) // scale >= least), 1)
                 needed = decode_bytes(opened, scale)
                 opened.draft(None, (opened.width // scale, opened.height // scale))
+            if look is not None:  # a copy, for who looks at it in another mode
+                needed = min(needed + 4 * opened.width * opened.height, MAX_DECODE_BYTES)
             with memory.reserve(needed):
                 opened.load()
                 to_rgb(opened.crop((0, 0, 1, 1)))

@@ -240,3 +240,25 @@ def test_a_conversion_in_strips_is_the_same_as_at_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(image_transform, "_STRIP_PIXELS", 1000)
     for picture, expected in zip(pictures, at_once, strict=True):
         np.testing.assert_array_equal(np.asarray(image_transform.to_rgb(picture)), expected)
+
+
+@pytest.mark.parametrize(("memory", "together"), [(80_000, 1), (160_000, 2)])
+def test_the_check_decodes_as_many_at_a_time_as_fit_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, together: int
+) -> None:
+    paths = [str(tmp_path / f"{number}.png") for number in range(8)]
+    for path in paths:
+        Image.new("RGB", (100, 100)).save(path)
+    monkeypatch.setattr(image_transform, "MAX_DECODE_BYTES", memory)
+    looking, most, lock, pause = [0], [0], Lock(), Event()
+
+    def look(path: str, image: Image.Image) -> None:
+        with lock:
+            looking[0] += 1
+            most[0] = max(most[0], looking[0])
+        pause.wait(0.02)
+        with lock:
+            looking[0] -= 1
+
+    assert find_broken_pictures(paths, threads=8, look=look) == {}
+    assert most == [together]
