@@ -6,7 +6,7 @@ import os
 import unicodedata
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ldm.data.captions import (
@@ -28,6 +28,7 @@ def name_or_none(caption: str, suffix: str = ".png", tail: str = "") -> str | No
         return None
 
 
+@settings(deadline=None)
 @given(st.text(), st.sampled_from([*PICTURE_SUFFIXES, ".JPG"]), NUMBERS)
 @example("con", ".jpg", "")
 @example("\ufeffcat", ".jpg", "")
@@ -40,6 +41,7 @@ def test_any_caption_comes_back_exactly_or_is_refused(caption: str, suffix: str,
         assert caption_from_file_name(name) == caption
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=300), NUMBERS)
 @example("nul.x", "")
 @example("COM1 ", "")
@@ -58,6 +60,7 @@ def test_every_name_is_one_that_windows_and_linux_take(caption: str, tail: str) 
     assert is_picture_name(name)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(categories=["L", "N", "Zs"]), max_size=60))
 def test_plain_captions_are_held_by_a_name(words: str) -> None:
     caption = unicodedata.normalize("NFC", words.strip())

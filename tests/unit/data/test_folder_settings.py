@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.data.folder_settings import FolderSettings, parse_number, read_folder_settings
@@ -35,6 +35,7 @@ def test_a_number_is_read_exactly(text: str, number: Fraction) -> None:
     assert parse_number(text) == number
 
 
+@settings(deadline=None)
 @given(st.integers(0, 999_999), st.integers(0, 9))
 def test_any_decimal_is_read_exactly(digits: int, places: int) -> None:
     whole, decimals = divmod(digits, 10**places)
@@ -42,6 +43,7 @@ def test_any_decimal_is_read_exactly(digits: int, places: int) -> None:
     assert parse_number(text) == Fraction(digits, 10**places)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12))
 def test_any_other_text_is_a_number_from_zero_up_or_refused(text: str) -> None:
     try:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.data.scan import Scan, scan_data_root
@@ -86,6 +86,7 @@ def test_the_text_of_a_sidecar_is_one_tidy_line(folder: Path, content: bytes, ca
     assert captions(folder)[0] == (caption, "txt")
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_tidying_twice_changes_nothing_more(text: str) -> None:
     assert tidy_caption(tidy_caption(text)) == tidy_caption(text)
