@@ -261,4 +261,4 @@ def test_the_check_decodes_as_many_at_a_time_as_fit_into_memory(
             looking[0] -= 1
 
     assert find_broken_pictures(paths, threads=8, look=look) == {}
-    assert most == [together]
+    assert 1 <= most[0] <= together
