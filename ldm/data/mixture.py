@@ -192,6 +192,8 @@ class Mixture(Dataset[dict[str, Any]]):
             problems.append(f"sets {' and '.join(rooted)}: only one can take --data_root; give the others their own")
         if problems:
             raise ValueError("\n".join(f"Mixture: {problem}" for problem in problems))
+        if "data_root" in shared and not rooted:
+            logger.info("the sets of the mixture have folders of their own; none of them uses %s", shared["data_root"])
         return configs
 
     def _seed_of(self, name: str) -> int:

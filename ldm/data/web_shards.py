@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from ldm.data.aspects import bucket_sizes, nearest_buckets
+from ldm.data.captions import shuffled_tags
 from ldm.data.every_dream import ON_BAD_IMAGE, SETS
 from ldm.data.exposure_set import Filler
 from ldm.data.image_transform import (
@@ -203,12 +204,15 @@ class WebShards(Dataset[dict[str, Any]]):
             buckets; None keeps each picture's own.
         set: ``"train"``; or ``"val"``, ``"validation"``, ``"test"``: samples in their order, without flip or
             caption dropout, the same in every epoch.
-        exposures_per_epoch: samples that an epoch shows, at least 1; None: all of them, once.
+        repeats: how often an epoch shows each sample where ``exposures_per_epoch`` does not say how many it shows.
+        exposures_per_epoch: samples that an epoch shows, at least 1; None: all of them, ``repeats`` times.
         interpolation: resampling filter: ``linear``, ``bilinear``, ``bicubic`` or ``lanczos``.
         flip_p: probability in [0, 1] that a training picture is mirrored left to right.
         resize_mode: ``bucket``, ``squash`` or ``center_crop``, as for a folder.
         crop: where the crop is placed: ``center``, ``random`` or ``jitter``.
         conditional_dropout: probability in [0, 1] that a training caption is replaced by the empty prompt.
+        shuffle_tags: draw the order of a training caption's comma-separated tags anew at each showing.
+        keep_tags: how many of the first tags keep their places then.
         loss_weight: what each sample's loss is multiplied by, at least 0.
         on_bad_image: what is done about samples without a caption or with a picture that cannot be read, and
             about tars that are cut off: ``error`` ends the run, ``skip`` leaves them out (the samples before
@@ -233,12 +237,15 @@ class WebShards(Dataset[dict[str, Any]]):
         shards: str | list[str],
         size: int | None = 512,
         set: str = "train",
+        repeats: int = 1,
         exposures_per_epoch: int | None = None,
         interpolation: str = "bicubic",
         flip_p: float = 0.0,
         resize_mode: str = "bucket",
         crop: str = "center",
         conditional_dropout: float = 0.0,
+        shuffle_tags: bool = False,
+        keep_tags: int = 0,
         loss_weight: float = 1.0,
         on_bad_image: str = "error",
         shuffle_shards: int = 1,
@@ -249,12 +256,14 @@ class WebShards(Dataset[dict[str, Any]]):
         self._check(
             size=size,
             set=set,
+            repeats=repeats,
             exposures_per_epoch=exposures_per_epoch,
             interpolation=interpolation,
             flip_p=flip_p,
             resize_mode=resize_mode,
             crop=crop,
             conditional_dropout=conditional_dropout,
+            keep_tags=keep_tags,
             loss_weight=loss_weight,
             on_bad_image=on_bad_image,
             shuffle_shards=shuffle_shards,
@@ -263,11 +272,14 @@ class WebShards(Dataset[dict[str, Any]]):
         is_training = set == "train"
         self.size = size
         self.set = set
+        self.repeats = repeats if is_training else 1
         self.exposures_per_epoch = exposures_per_epoch
         self.resize_mode = resize_mode
         self.crop = crop if is_training else "center"
         self.flip_p = flip_p if is_training else 0.0
         self.conditional_dropout = conditional_dropout if is_training else 0.0
+        self.shuffle_tags = shuffle_tags and is_training
+        self.keep_tags = keep_tags
         self.loss_weight = loss_weight
         self.on_bad_image = on_bad_image
         self.seed = seed
@@ -286,13 +298,15 @@ class WebShards(Dataset[dict[str, Any]]):
         size = given["size"]
         if size is not None and (not _is_whole(size) or size < 8 or size % 8):
             problems.append(f"size {size!r} is not allowed; give a multiple of 8 (pixels), such as 512, or null")
-        for key in ("exposures_per_epoch", "shuffle_shards"):
+        for key in ("repeats", "exposures_per_epoch", "shuffle_shards"):
             value = given[key]
             if not (_is_whole(value) and value >= 1) and not (value is None and key == "exposures_per_epoch"):
                 problems.append(f"{key} {value!r} is not allowed; give a whole number of at least 1")
         for key in ("flip_p", "conditional_dropout"):
             if not 0 <= given[key] <= 1:
                 problems.append(f"{key} {given[key]!r} is not allowed; give a probability from 0 to 1")
+        if not _is_whole(given["keep_tags"]) or given["keep_tags"] < 0:
+            problems.append(f"keep_tags {given['keep_tags']!r} is not allowed; give a whole number of at least 0")
         if not given["loss_weight"] >= 0:
             problems.append(f"loss_weight {given['loss_weight']!r} is not allowed; give a number of at least 0")
         if not given["shard_cache_gib"] > 0:
@@ -334,7 +348,7 @@ class WebShards(Dataset[dict[str, Any]]):
         """Count the exposures of an epoch."""
         if self.exposures_per_epoch is None:
             self._know(range(len(self.shards)))
-            return self._row.total()
+            return self._row.total() * self.repeats
         if self.set == "train":
             return self.exposures_per_epoch
         self._know_until(self.exposures_per_epoch)
@@ -418,6 +432,8 @@ class WebShards(Dataset[dict[str, Any]]):
             self.flip_p > 0 and uniform("flip", exposure) < self.flip_p,
         )
         picture, text = self._read_sample(shard, sample)
+        if self.shuffle_tags:
+            text = shuffled_tags(text, self.keep_tags, keyed_generator("tags", *key))
         weight = 0.0 if isinstance(index, Filler) else self.loss_weight
         try:
             pixels = self._pixels(picture, path, placement)

@@ -214,6 +214,12 @@ def test_a_second_folder_is_not_repeated(make_root: Callable[..., Path]) -> None
     assert len(set(keys)) == 40
 
 
+def test_shards_alone_are_trained_on_with_what_the_main_file_says(make: Make, tmp_path: Path) -> None:
+    shards = {"shards": str(tmp_path / "laion"), "shard_cache_dir": str(tmp_path / "cache")}
+    sets = {"laion": {"target": SHARDS, "params": shards}}
+    assert len(Mixture("laion 1", sets, repeats=3, size=16, data_root="without effect")) == 45
+
+
 def test_pictures_are_carried_as_bytes_where_the_loader_wishes(make: Make) -> None:
     mixture = make()
     mixture.as_bytes = True

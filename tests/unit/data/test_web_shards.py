@@ -75,6 +75,22 @@ def test_the_order_depends_on_the_seed_alone(make: Make) -> None:
     assert captions(make(seed=1), 0, 30) == captions(make(seed=1), 0, 30) != captions(make(seed=2), 0, 30)
 
 
+def test_an_epoch_takes_as_many_passes_as_samples_are_repeated(make: Make) -> None:
+    dataset = make(repeats=2)
+    assert (len(dataset), dataset.epoch_start(1)) == (30, 30)
+    assert set(Counter(captions(dataset, 0, 30)).values()) == {2}
+    assert len({tuple(dataset[index]["exposure"].tolist()) for index in range(30)}) == 30
+
+
+def test_the_tags_of_a_caption_are_shuffled_behind_the_first(make: Make, tmp_path: Path) -> None:
+    write_tar(tmp_path / "laion" / "00000.tar", {"1.png": picture_bytes(1), "1.txt": b"person, a, b, c, d"})
+    shown = captions(make(shuffle_tags=True, keep_tags=1), 0, 20)
+    assert len(set(shown)) > 5
+    assert {(caption.split(", ")[0], tuple(sorted(caption.split(", ")[1:]))) for caption in shown} == {
+        ("person", ("a", "b", "c", "d"))
+    }
+
+
 def test_short_epochs_follow_each_other_on_one_row(make: Make) -> None:
     dataset = make(exposures_per_epoch=4)
     assert len(dataset) == 4
