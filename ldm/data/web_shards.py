@@ -280,7 +280,7 @@ class WebShards(Dataset[dict[str, Any]]):
         self.conditional_dropout = conditional_dropout if is_training else 0.0
         self.shuffle_tags = shuffle_tags and is_training
         self.keep_tags = keep_tags
-        self.loss_weight = loss_weight
+        self.loss_weight = loss_weight if is_training else 1.0
         self.on_bad_image = on_bad_image
         self.seed = seed
         self.as_bytes = False
@@ -291,6 +291,7 @@ class WebShards(Dataset[dict[str, Any]]):
         self._row = ShardRow(len(self.shards), self._count, seed, shuffle_shards, shuffle=is_training)
         self._counts: dict[int, int] = {}
         self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._length: int | None = None
         self._planned: tuple[int, npt.NDArray[np.int32]] | None = None
 
     def _check(self, **given: Any) -> None:
@@ -345,7 +346,12 @@ class WebShards(Dataset[dict[str, Any]]):
         return epoch * self.epoch_length(epoch) if epoch else 0
 
     def epoch_length(self, epoch: int) -> int:
-        """Count the exposures of an epoch."""
+        """Count the exposures of an epoch; all have as many."""
+        if self._length is None:
+            self._length = self._count_exposures()
+        return self._length
+
+    def _count_exposures(self) -> int:
         if self.exposures_per_epoch is None:
             self._know(range(len(self.shards)))
             return self._row.total() * self.repeats
@@ -422,13 +428,13 @@ class WebShards(Dataset[dict[str, Any]]):
         width, height = (int(side) for side in held.sizes[sample])
         training_sizes = self._to_training_sizes(held.sizes[sample : sample + 1])
         training_width, training_height = (int(side) for side in training_sizes[0])
-        across, down = uniform_pair("crop", exposure)
+        draws = uniform_pair("crop", exposure) if self.crop != "center" else (0.5, 0.5)
         placement = place(
             (width, height),
             (training_width, training_height),
             self.resize_mode,
             self.crop,
-            (across, down),
+            draws,
             self.flip_p > 0 and uniform("flip", exposure) < self.flip_p,
         )
         picture, text = self._read_sample(shard, sample)
@@ -553,6 +559,8 @@ class WebShards(Dataset[dict[str, Any]]):
     def _know(self, shards: Sequence[int]) -> None:
         """Index shards that are not known yet, several at a time, and judge what is wrong with them."""
         new = [shard for shard in dict.fromkeys(shards) if shard not in self._counts]
+        if not new:
+            return
         lines: list[str] = []
         for shard, held in zip(new, self._files.indices(new), strict=True):
             if held.damage:
