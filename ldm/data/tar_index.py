@@ -149,7 +149,7 @@ def read_caption(file: IO[bytes], text: tuple[int, int, int] | npt.NDArray[np.in
             caption = held.get("caption") if isinstance(held, dict) else None
     except UnicodeDecodeError:
         raise ValueError(f"its .{member} is not UTF-8 text") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("its .json cannot be read as JSON") from None
     if not isinstance(caption, str):
         raise ValueError("no caption (no .txt, and its .json holds none)")

@@ -52,6 +52,7 @@ def test_members_of_a_sample_may_lie_apart_and_in_folders(tmp_path: Path) -> Non
         ({"7.png": picture_bytes(7)}, "no caption"),
         ({"7.png": picture_bytes(7), "7.json": b"{}"}, "no caption"),
         ({"7.png": picture_bytes(7), "7.json": b"{"}, "cannot be read as JSON"),
+        ({"7.png": picture_bytes(7), "7.json": b"[" * 200_000}, "cannot be read as JSON"),
         ({"7.png": picture_bytes(7), "7.txt": b"\xff\xfe\x00"}, "not UTF-8"),
         ({"7.txt": b"alone"}, "without a picture"),
         ({"7.png": picture_bytes(7), "7.jpg": picture_bytes(8), "7.txt": b"two"}, "2 pictures of one name"),
