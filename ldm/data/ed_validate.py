@@ -41,7 +41,7 @@ class EDValidateBatch(EveryDreamBatch):
         on_bad_image: str = "error",
         seed: int = 23,
         recursive: bool = False,
-        cache_latents: str = "off",
+        cache_latents: str | bool = "off",
         cache_dir: str = "latent_cache",
     ) -> None:
         super().__init__(

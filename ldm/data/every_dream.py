@@ -29,7 +29,7 @@ from ldm.data.image_transform import (
     resolve_resize_mode,
     to_unit_range,
 )
-from ldm.data.latent_cache import MODES, LatentCache, View
+from ldm.data.latent_cache import LatentCache, View, resolve_mode
 from ldm.data.picture_header import PictureHeader, read_headers
 from ldm.data.repeats import Repeats, ShownFolder
 from ldm.data.scan import FolderSettings, Picture, scan_data_root
@@ -141,7 +141,7 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         recursive: bool = False,
         shuffle_tags: bool = False,
         keep_tags: int = 0,
-        cache_latents: str = "off",
+        cache_latents: str | bool = "off",
         cache_crops: int = 4,
         cache_dir: str = "latent_cache",
     ) -> None:
@@ -161,10 +161,12 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
             problems.append(f"crop {crop!r} is unknown; choose one of {', '.join(CROPS)}")
         if not _is_whole(keep_tags) or keep_tags < 0:
             problems.append(f"keep_tags {keep_tags!r} is not allowed; give a whole number of at least 0")
-        if cache_latents not in MODES:
-            problems.append(f"cache_latents {cache_latents!r} is unknown; choose one of {', '.join(MODES)}")
         if not _is_whole(cache_crops) or cache_crops < 1:
             problems.append(f"cache_crops {cache_crops!r} is not allowed; give a whole number of at least 1")
+        try:
+            cache_mode = resolve_mode(cache_latents)
+        except ValueError as error:
+            problems.append(str(error))
         try:
             self._resample = resample_filter(interpolation)
         except ValueError as error:
@@ -191,9 +193,9 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         self.as_bytes = False
         self.cache_crops = cache_crops
         self.latent_cache: LatentCache | None = None
-        if cache_latents != "off":
+        if cache_mode != "off":
             transform = f"{self.resize_mode} {self._resample.name}"
-            self.latent_cache = LatentCache(cache_latents, cache_dir, self.views, self.read_view, transform)
+            self.latent_cache = LatentCache(cache_mode, cache_dir, self.views, self.read_view, transform)
 
         scan = scan_data_root(data_root, recursive)
         if scan.problems:

@@ -52,6 +52,18 @@ _READ_BYTES: Final = 1 << 20
 _SHARED_MEMORY: Final = "/dev/shm"
 
 
+def resolve_mode(cache_latents: str | bool) -> str:
+    """Settle on one of ``MODES``; YAML reads ``off`` without quotes as false.
+
+    Raises:
+        ValueError: another word.
+    """
+    mode = "off" if cache_latents is False else cache_latents
+    if mode not in MODES:
+        raise ValueError(f"cache_latents {cache_latents!r} is unknown; choose one of {', '.join(MODES)}")
+    return str(mode)
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """One way in which a picture is shown.

@@ -121,7 +121,7 @@ class Mixture(Dataset[dict[str, Any]]):
         recursive: bool | None = None,
         shuffle_tags: bool | None = None,
         keep_tags: int | None = None,
-        cache_latents: str = "off",
+        cache_latents: str | bool = "off",
         cache_crops: int | None = None,
         cache_dir: str | None = None,
         seed: int = 23,
@@ -137,7 +137,7 @@ class Mixture(Dataset[dict[str, Any]]):
             cache_latents,
             *((config.get("params") or {}).get("cache_latents", "off") for config in sets.values()),
         ]
-        if any(choice != "off" for choice in cached):
+        if any(choice not in ("off", False) for choice in cached):  # YAML reads off without quotes as false
             raise ValueError("cache_latents: a mixture's pictures are encoded when they are shown; set it to off")
         shared = {
             "data_root": data_root,

@@ -100,6 +100,7 @@ def test_a_validation_set_can_be_cached_too(root: str) -> None:
     ("params", "message"),
     [
         ({"cache_latents": "ram"}, "cache_latents 'ram' is unknown; choose one of off, memory, disk"),
+        ({"cache_latents": True}, "cache_latents True is unknown; choose one of off, memory, disk"),
         ({"cache_crops": 0}, "cache_crops 0 is not allowed; give a whole number of at least 1"),
         ({"cache_crops": 1.5}, "cache_crops 1.5 is not allowed"),
     ],
@@ -107,6 +108,10 @@ def test_a_validation_set_can_be_cached_too(root: str) -> None:
 def test_a_wrong_argument_is_told(root: str, params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EveryDreamBatch(root, **params)
+
+
+def test_off_without_quotes_is_off_though_yaml_reads_it_as_false(root: str) -> None:
+    assert EveryDreamBatch(root, cache_latents=False).latent_cache is None
 
 
 # --- what items hold ---------------------------------------------------------------------------------------
