@@ -68,7 +68,7 @@ figure { margin: 0; width: 200px; font-size: .8rem; line-height: 1.35; overflow-
 .crop { position: absolute; outline: 400px solid rgba(0, 0, 0, .55); border: 1px solid #fff; }
 .gone { width: 120px; height: 80px; border: 1px dashed var(--line); color: var(--soft); display: grid;
   place-items: center; }
-.pair { display: flex; gap: .3rem; flex-wrap: wrap; }
+.pair { display: flex; gap: .3rem; } figure.wide { width: 408px; }
 ul { margin: .5rem 0; padding-left: 1.2rem; } li { overflow-wrap: anywhere; margin: .15rem 0; }
 kbd, s { font: inherit; border-bottom: 1px solid var(--line); } s { color: var(--error); }
 code { font: .85em ui-monospace, Consolas, monospace; }
@@ -256,8 +256,9 @@ class _Page:
     def _finding(self, one: Finding) -> str:
         frames = "".join(self._frame(path, with_crop=False) for path in (one.path, *one.others))
         name = escape(self.result.below_root(one.path))
+        wide = ' class="wide"' if one.others else ""
         return (
-            f'<figure><div class="pair">{frames}</div><figcaption><code>{name}</code><br>'
+            f'<figure{wide}><div class="pair">{frames}</div><figcaption><code>{name}</code><br>'
             f"{escape(self.result.without_root(one.reason))}</figcaption></figure>"
         )
 

@@ -125,7 +125,8 @@ def steps_text(result: CheckResult) -> str:
     text = "steps an epoch: " + (f"{steps.training[0]:,}" if one else ", ".join(f"{n:,}" for n in steps.training))
     if not one:
         text += " (epoch by epoch)"
-    shown = f"{steps.exposures[0]:,}" if one else f"{min(steps.exposures):,} to {max(steps.exposures):,}"
+    fewest, most = min(steps.exposures), max(steps.exposures)
+    shown = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     text += f"; {shown} pictures shown at batch size {result.settings.batch_size}"
     text += devices_text(result.settings.devices)
     unread = sum(one.kind in UNREAD for one in result.findings)
