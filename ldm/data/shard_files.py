@@ -278,6 +278,15 @@ class ShardFiles:
         Raises:
             OSError: shards cannot be fetched or read; a line for each.
         """
+        missing = [number for number in numbers if not os.path.exists(self._index_path(number))]
+        if missing:
+            logger.info(
+                "%s %d shard%s, once; kept in %s",
+                "fetching and indexing" if any(is_url(self.shards[number]) for number in missing) else "indexing",
+                len(missing),
+                "" if len(missing) == 1 else "s",
+                self._cache_dir,
+            )
         with ThreadPoolExecutor(max_workers=_FETCHED_AT_A_TIME) as pool:
             found = list(_report_progress(pool.map(self._index_or_reason, numbers), len(numbers)))
         reasons = [result for result in found if isinstance(result, str)]
