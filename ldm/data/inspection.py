@@ -9,6 +9,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from ldm.data.aspects import bucket_sizes, nearest_bucket
@@ -179,6 +180,7 @@ class Fate:
     cropped: float
 
 
+@lru_cache(maxsize=1 << 16)  # many pictures have the same size
 def fate_of(source: tuple[int, int], size: int | None, resize_mode: str) -> Fate:
     """Work out what training makes of a picture.
 
@@ -311,6 +313,7 @@ def _size_findings(path: str, source: tuple[int, int], fate: Fate, size: int | N
     return findings
 
 
+@lru_cache
 def widest_ratio(size: int | None, resize_mode: str) -> float:
     """Give the ratio of the sides up to which a picture is trained on without much loss or distortion."""
     if size is None or resize_mode != "bucket":
