@@ -175,6 +175,10 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
             self.resize_mode = resolve_resize_mode(resize_mode, center_crop)
         except ValueError as error:
             problems.append(str(error))
+        if crop in CROPS[1:] and getattr(self, "resize_mode", "bucket") != "bucket":
+            problems.append(
+                f"crop {crop!r} has no effect with resize_mode {self.resize_mode!r}; write resize_mode: bucket"
+            )
         if problems:
             raise ValueError("\n".join(f"{type(self).__name__}: {problem}" for problem in problems))
 

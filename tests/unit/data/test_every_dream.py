@@ -150,6 +150,12 @@ def test_center_crop_takes_the_middle(tmp_path: Path) -> None:
         ({"interpolation": "nearest"}, "interpolation 'nearest' is unknown"),
         ({"set": "trian"}, "set 'trian' is unknown; choose one of train, val, validation, test"),
         ({"on_bad_image": "ignore"}, "on_bad_image 'ignore' is unknown; choose one of error, skip"),
+        ({"crop": "middle"}, "crop 'middle' is unknown; choose one of center, random, jitter"),
+        ({"keep_tags": -1}, "keep_tags -1 is not allowed"),
+        (
+            {"crop": "jitter", "resize_mode": "squash"},
+            "crop 'jitter' has no effect with resize_mode 'squash'; write resize_mode: bucket",
+        ),
     ],
 )
 def test_an_argument_out_of_range_is_named_with_what_is_allowed(
