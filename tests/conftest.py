@@ -26,6 +26,11 @@ _cut_off_network()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run, and no limit on their time: a busy machine must not fail a test.
+settings.register_profile("project", deadline=None, derandomize=True, database=None)
+settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
 
