@@ -97,7 +97,7 @@ def keep_entries_before(path: Path, epoch: int, batch: int) -> int:
     rewritten = path.with_name(path.name + ".tmp")
     with rewritten.open("w", encoding="utf-8") as file:
         for entry in read_ledger(path):
-            if (entry["epoch"], entry["batch"]) < (epoch, batch):
+            if (entry["run_epoch"], entry["batch"]) < (epoch, batch):
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             else:
                 dropped += 1

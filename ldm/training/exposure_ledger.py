@@ -21,9 +21,11 @@ NEEDED: Final = ("path", "exposure", "caption", "dropped", "training_size", "cro
 class ExposureLedger(pl.Callback):
     """Writes down every exposure that a run trains on, in ``<run>/exposure.jsonl``.
 
-    An entry also has ``batch`` (its number in the epoch, from 0) and ``step`` (optimiser steps when it was done). On several
-    devices each writes a file of its own: ``exposure.rank1.jsonl`` is the second one's. A resumed run goes on in
-    the same file; entries beyond the checkpoint it starts from are taken out, for their exposures come again.
+    An entry also has ``run_epoch`` (the run's epoch; ``epoch`` is the data set's own count of its passes, which differs
+    where shards are mixed in), ``batch`` (its number in the run's epoch, from 0) and ``step`` (optimiser steps when it
+    was done). On several devices each writes a file of its own: ``exposure.rank1.jsonl`` is the second one's. A resumed
+    run goes on in the same file; entries beyond the checkpoint it starts from are taken out, for their exposures come
+    again.
 
     Args:
         enabled: False keeps none: a line takes some 300 bytes.
@@ -55,7 +57,7 @@ class ExposureLedger(pl.Callback):
         if self._file is None or not isinstance(batch, Mapping) or not all(key in batch for key in NEEDED):
             return
         on_cpu = {key: value.cpu() if isinstance(value := batch[key], Tensor) else value for key in NEEDED}
-        place = {"batch": batch_idx, "step": trainer.global_step}
+        place = {"run_epoch": trainer.current_epoch, "batch": batch_idx, "step": trainer.global_step}
         try:
             write_entries(self._file, [{**entry, **place} for entry in ledger_entries(on_cpu)])
         except OSError as error:

@@ -34,10 +34,11 @@ def test_a_mixed_run_shows_both_sets_at_the_ratio_also_where_it_is_resumed(
         f"{LAION}.shard_cache_dir={tmp_path / 'cache'}",
         "data.params.train.params.resize_mode=bucket",
         "data.params.train.params.repeats=1",
+        "data.params.train.params.ratio=man 1 : laion 2",
         "lightning.trainer.limit_val_batches=0",
     ]
     assert main([*command, "--max_steps", "3"]) == 0
-    assert "training set: an epoch mixes 4 exposures of man (EveryDreamBatch) and 4" in capsys.readouterr().out
+    assert "training set: an epoch mixes 4 exposures of man (EveryDreamBatch) and 8" in capsys.readouterr().out
     (run,) = (tmp_path / "logs").iterdir()
     assert main(["-t", "-r", str(run), "--max_steps=-1", "--max_epochs", "2"]) == 0
 
@@ -45,5 +46,5 @@ def test_a_mixed_run_shows_both_sets_at_the_ratio_also_where_it_is_resumed(
     from_folder = {path: times for path, times in shown.items() if ".tar/" not in path}
     from_shards = {path: times for path, times in shown.items() if ".tar/" in path}
     assert list(from_folder.values()) == [2, 2, 2, 2]
-    assert sorted(from_shards.values()) == [1, 1, 2, 2, 2]
+    assert sorted(from_shards.values()) == [3, 3, 3, 3, 4]
     assert {tuple(entry["size"]) for entry in ledger(run)} == {(32, 32), (40, 24)}
