@@ -22,7 +22,7 @@ from ldm.util import get_obj_from_str, instantiate_from_config
 logger = logging.getLogger(__name__)
 
 RATIO_EXAMPLE: Final = '"man 1 : laion 1"'
-_SHARE: Final = re.compile(r"([^\s:]+)\s+(\d+(?:\.\d+)?|\d+/\d+)")
+_SHARE: Final = re.compile(r"([^\s:,]+)\s+(\d+(?:\.\d+)?|\d+/\d+)")
 
 
 @runtime_checkable
@@ -34,11 +34,12 @@ class ShuffledRow(Protocol):
         ...
 
 
-def parse_ratio(ratio: str) -> dict[str, Fraction]:
+def parse_ratio(ratio: str | Mapping[str, Any]) -> dict[str, Fraction]:
     """Read a mixing ratio.
 
     Args:
-        ratio: names and shares, such as ``"man 1 : laion 1"`` or ``"man 2 : laion 1.5 : ffhq 1/2"``.
+        ratio: names and shares, such as ``"man 1 : laion 1"`` or ``"man 2, laion 1.5, ffhq 1/2"``; or a mapping of
+            them, which is also what YAML makes of the first one where it stands without quotes.
 
     Returns:
         Exposures of each set for one of the first set, by name in the order given; the first is 1.
@@ -46,8 +47,12 @@ def parse_ratio(ratio: str) -> dict[str, Fraction]:
     Raises:
         ValueError: it is no such text, a share is 0, or a name comes twice.
     """
+    if not isinstance(ratio, str):
+        ratio = " : ".join(
+            f"{name} : {share}" if isinstance(share, str) else f"{name} {share}" for name, share in ratio.items()
+        )
     shares: dict[str, Fraction] = {}
-    for part in ratio.split(":"):
+    for part in re.split("[:,]", ratio):
         found = _SHARE.fullmatch(part.strip())
         if found is None:
             raise ValueError(f"ratio {ratio!r}: {part.strip()!r} is not a name and a number; write {RATIO_EXAMPLE}")
@@ -73,7 +78,7 @@ class Mixture(Dataset[dict[str, Any]]):
     in its own ``params``; ``repeats`` for the first set alone.
 
     Args:
-        ratio: names and shares, such as ``"man 1 : laion 1"``.
+        ratio: names and shares, such as ``"man 1 : laion 1"`` or ``{man: 1, laion: 1}``.
         sets: ``{target, params}`` of each set, by its name in the ratio.
         data_root: folder of subfolders of pictures, for the one set that needs it and names none.
         size: pixels, a multiple of 8.
@@ -105,7 +110,7 @@ class Mixture(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        ratio: str,
+        ratio: str | Mapping[str, Any],
         sets: Mapping[str, Mapping[str, Any]],
         data_root: str | None = None,
         size: int | None = None,

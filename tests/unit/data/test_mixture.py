@@ -100,10 +100,13 @@ def make(tmp_path: Path, make_root: Callable[..., Path]) -> Make:
     ("ratio", "shares"),
     [
         ("man 1 : laion 1", {"man": 1, "laion": 1}),
+        ("man 1, laion 1", {"man": 1, "laion": 1}),
+        ({"man": 2, "laion": 0.5}, {"man": 1, "laion": Fraction(1, 4)}),
+        ({"man 1": "laion 2"}, {"man": 1, "laion": 2}),
         ("man 2:laion 1.5 : ffhq 1/2", {"man": 1, "laion": Fraction(3, 4), "ffhq": Fraction(1, 4)}),
     ],
 )
-def test_a_ratio_is_read_exactly(ratio: str, shares: dict[str, Fraction]) -> None:
+def test_a_ratio_is_read_exactly(ratio: str | dict[str, Any], shares: dict[str, Fraction]) -> None:
     assert parse_ratio(ratio) == shares
 
 
