@@ -128,7 +128,7 @@ def test_a_resumed_run_leaves_the_ledger_of_an_unbroken_one(shapes: Path, tmp_pa
     broken = tmp_path / "broken"
     toy_run(broken, shapes, batch_size=4, max_steps=6)
     lines = (broken / "exposure.jsonl").read_text()
-    (broken / "exposure.jsonl").write_text(lines + json.dumps({"epoch": 1, "batch": 4}) + '\n{"epoch": 1, "ba')
+    (broken / "exposure.jsonl").write_text(lines + json.dumps({"run_epoch": 1, "batch": 4}) + '\n{"run_epoch": 1, "ba')
     resumed = toy_run(broken, shapes, batch_size=4, checkpoint=broken / "checkpoints" / "last.ckpt")
     assert ledger(resumed) == ledger(whole)
 
