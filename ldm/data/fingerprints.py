@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -22,6 +22,18 @@ MOST_LEVELS_APART: Final = 10.0
 
 LEAST_CORRELATION: Final = 0.96
 """Correlation of their thumbnails about the mean colour."""
+
+MOST_LOCAL_DIFFERENCE: Final = 0.25
+"""Greatest difference of one part, beyond that in brightness, as a share of the standard deviation. It holds for
+pictures without much detail (drawings, signs, an object before a plain wall), where one small part may be all that
+tells them apart."""
+
+DETAILED: Final = 0.45
+"""Share of its parts that stand out from their neighbours in a picture with much detail, where a difference of a few
+parts may come from trimming an edge."""
+
+STANDS_OUT: Final = 4.0
+"""Levels by which such a part is brighter or darker than its four neighbours are on average."""
 
 FLAT_LEVELS: Final = 3.0
 """Standard deviation, in levels, below which a thumbnail shows too little to be compared."""
@@ -132,10 +144,10 @@ def groups_of_lookalikes(thumbnails: npt.NDArray[np.uint8]) -> list[list[int]]:
     numbers = np.flatnonzero(np.concatenate([_spread(part) for part in parts]) >= FLAT_LEVELS)
     hashes = np.concatenate([difference_hashes(part) for part in parts])[numbers]
     bits = np.unpackbits(hashes, axis=1)
-    groups = np.arange(len(numbers))  # of each picture, a number that it shares with those that look like it
+    groups = np.arange(len(numbers))  # of each picture, the first one that it looks like
     for part in np.array_split(np.arange(bits.shape[1]), MOST_BITS_APART + 1):
         for members in _equal_rows(np.packbits(bits[:, part], axis=1)):
-            _join_lookalikes(groups, members, hashes, thumbnails[numbers[members]])
+            _join_lookalikes(groups, members, hashes, lambda number: thumbnails[numbers[number]])
     return [numbers[members].tolist() for members in _equal_rows(groups[:, None])]
 
 
@@ -158,26 +170,43 @@ def _join_lookalikes(
     groups: npt.NDArray[np.int64],
     members: npt.NDArray[np.int64],
     hashes: npt.NDArray[np.uint8],
-    thumbnails: npt.NDArray[np.uint8],
+    thumbnail_of: Callable[[int], npt.NDArray[np.uint8]],
 ) -> None:
-    """Give members that look the same one group, in place; ``thumbnails`` are the members' own."""
+    """Give members that look the same one group, in place.
+
+    All of a group look like its first picture, so that a film's frames do not make one group because each looks like
+    the next.
+    """
     # Each is compared with those after it; where very many share a part, with the next few thousand alone.
     for place in range(len(members) - 1):
-        after = np.arange(place + 1, min(place + 1 + _MOST_COMPARED, len(members)))
-        after = after[groups[members[after]] != groups[members[place]]]
+        first = int(members[place])
+        if groups[first] != first:
+            continue
+        after = members[place + 1 : place + 1 + _MOST_COMPARED]
+        after = after[groups[after] == after]
         if not len(after):
             continue
-        apart = _BITS_SET[hashes[members[after]] ^ hashes[members[place]]].sum(axis=1)
+        apart = _BITS_SET[hashes[after] ^ hashes[first]].sum(axis=1)
         for other in after[apart <= MOST_BITS_APART].tolist():
-            one, two = groups[members[place]], groups[members[other]]
-            if one != two and _look_alike(thumbnails[place], thumbnails[other]):
-                groups[groups == two] = one
+            if _look_alike(thumbnail_of(first), thumbnail_of(other)):
+                for one in np.flatnonzero(groups == other).tolist():
+                    groups[one] = first if _look_alike(thumbnail_of(first), thumbnail_of(one)) else one
 
 
 def _look_alike(first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8]) -> bool:
-    one, other = (picture.reshape(-1, 3).astype(np.float64) for picture in (first, second))
-    if np.abs(one - other).mean() > MOST_LEVELS_APART:
+    """Compare two thumbnails."""
+    one, other = first.astype(np.float64), second.astype(np.float64)
+    difference = one - other
+    if np.abs(difference).mean() > MOST_LEVELS_APART:
         return False
-    one, other = one - one.mean(axis=0), other - other.mean(axis=0)
+    if not (_is_detailed(one) and _is_detailed(other)):
+        return bool(np.abs(difference - difference.mean()).max() <= MOST_LOCAL_DIFFERENCE * one.std())
+    one, other = one - one.mean(axis=(0, 1)), other - other.mean(axis=(0, 1))
     lengths = np.sqrt((one**2).sum() * (other**2).sum())
     return bool((one * other).sum() >= LEAST_CORRELATION * lengths)
+
+
+def _is_detailed(thumbnail: npt.NDArray[np.float64]) -> bool:
+    grey = thumbnail @ np.array([0.299, 0.587, 0.114])
+    neighbours = (grey[2:, 1:-1] + grey[:-2, 1:-1] + grey[1:-1, 2:] + grey[1:-1, :-2]) / 4
+    return bool((np.abs(grey[1:-1, 1:-1] - neighbours) > STANDS_OUT).mean() >= DETAILED)

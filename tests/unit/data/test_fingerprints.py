@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ldm.data.fingerprints import (
     content_hash,
@@ -54,15 +54,36 @@ def test_the_same_shapes_in_other_colours_are_another_picture() -> None:
     assert groups(original, Image.merge("RGB", (blue, red, green))) == []
 
 
+def plain(colour: str, place: int) -> Image.Image:
+    image = Image.new("RGB", (512, 512), "grey")
+    ImageDraw.Draw(image).ellipse((place, 200, place + 60, 260), fill=colour)
+    return image
+
+
+def test_in_a_plain_picture_one_small_part_tells_it_from_another() -> None:
+    assert groups(plain("white", 200), plain("white", 240), plain("yellow", 200)) == []
+    original = plain("white", 200)
+    assert groups(original, as_jpeg(original.resize((300, 300)), 50)) == [[0, 1]]
+
+
 def test_nearly_blank_pictures_are_not_compared() -> None:
     assert groups(Image.new("RGB", (64, 64), "white"), Image.new("RGB", (64, 64), "white")) == []
 
 
-def test_a_chain_of_likenesses_is_one_group_also_where_it_is_long() -> None:
+def test_a_group_may_be_large() -> None:
     base = np.asarray(thumbnail(scene(1))).astype(int)
     noise = np.random.default_rng(0).integers(-2, 3, (3000, *base.shape))
     frames = np.clip(base + noise, 0, 255).astype(np.uint8)
     assert [len(group) for group in groups_of_lookalikes(frames)] == [3000]
+
+
+def test_the_frames_of_a_film_are_not_all_alike_because_neighbours_are() -> None:
+    start, end = (np.asarray(thumbnail(scene(seed))).astype(float) for seed in (1, 2))
+    shares = np.linspace(0, 1, 60)[:, None, None, None]
+    frames = (start * (1 - shares) + end * shares).astype(np.uint8)
+    found = groups_of_lookalikes(frames)
+    assert len(found) > 3
+    assert not any({0, 59} <= set(group) for group in found)
 
 
 def test_no_and_one_picture_make_no_group() -> None:
