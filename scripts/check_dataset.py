@@ -49,6 +49,7 @@ from ldm.data.inspection import (  # noqa: E402
     decoding_findings,
     fate_of,
     finding,
+    line_finding,
     picture_findings,
     scan_findings,
     sort_findings,
@@ -308,7 +309,7 @@ def count_steps(
                     if headers.keys() >= {picture.path for picture in dataset.pictures}:
                         dataset.know_headers(headers)
         except (ValueError, OSError) as error:
-            return None, [finding(settings.data_root, "error", "refused", line) for line in str(error).splitlines()]
+            return None, [refusal(line, settings.data_root) for line in str(error).splitlines()]
     train = sets["train"]
     together = settings.batch_size * settings.devices
     if together > len(train):
@@ -346,6 +347,12 @@ def count_steps(
             for (width, height), count in zip(sizes, counts, strict=True)
         },
     ), []
+
+
+def refusal(line: str, data_root: str) -> Finding:
+    """Make a finding of a line that a data set says when it cannot be built, about its file where it names one."""
+    located = line_finding("error", line)
+    return located if os.path.lexists(located.path) else finding(data_root, "error", "refused", line)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,17 +14,10 @@ from ldm.data.inspection import Fate
 from ldm.data.picture_header import PictureHeader
 from ldm.data.scan import Picture
 
-GROUND_TRUTH_WORDS: Final = (
-    "laion",
-    "flickr",
-    "ffhq",
-    "ground truth",
-    "ground_truth",
-    "groundtruth",
-    "regulari",
-    "coco",
+GROUND_TRUTH: Final = re.compile(
+    r"laion|flickr|ffhq|ground[ _-]?truth|regulari[sz]ation|(?<![a-z])(reg|coco)(?![a-z])", re.IGNORECASE
 )
-"""What the names of folders contain that hold pictures for the model not to forget what it knows."""
+"""What is in the names of folders that hold pictures for the model not to forget what it knows."""
 
 _WORD: Final = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
@@ -158,7 +151,7 @@ def folder_figures(
             settings=own[folder],
             exposures=Fraction(exposures[folder]),
             share=float(exposures[folder] / total) if total else 0.0,
-            is_ground_truth=any(word in folder.lower() for word in GROUND_TRUTH_WORDS),
+            is_ground_truth=GROUND_TRUTH.search(folder) is not None,
         )
         for folder in folder_counts
     ]

@@ -334,6 +334,21 @@ def test_folders_share_an_epoch_by_pictures_and_multiplier() -> None:
     assert (empty.pictures, empty.exposures, empty.share) == (0, 0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        *(
+            (name, True)
+            for name in ("man_laion", "man_nvflickr", "FFHQ", "ground truth", "reg", "10_reg man", "coco 2017")
+        ),
+        *((name, False) for name in ("man", "coconuts", "region", "a/close ups", "flick")),
+    ],
+)
+def test_ground_truth_is_known_by_its_name(folder: str, expected: bool) -> None:
+    (row,) = folder_figures({folder: 0}, [], {}, {}, repeats=1)
+    assert row.is_ground_truth is expected
+
+
 def test_buckets_are_counted_from_tall_to_wide_with_what_is_lost() -> None:
     sources = {"a": (500, 1000), "b": (600, 600), "c": (300, 300), "d": (1000, 500)}
     rows = bucket_figures({name: fate_of(source, 512, "bucket") for name, source in sources.items()})

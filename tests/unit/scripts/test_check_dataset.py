@@ -142,6 +142,51 @@ def test_devices_are_counted_in_all_spellings(devices: Any, count: int) -> None:
     assert count_devices({"devices": devices}) == count
 
 
+def test_what_the_validation_folder_is_refused_for_is_found_too(tmp_path: Path, check: Check) -> None:
+    add_good_pictures(tmp_path / "data", 10)
+    add_good_pictures(tmp_path / "held back", 2)
+    stray = tmp_path / "held back" / "stray.png"
+    picture(1).save(stray)
+    result = check(tmp_path / "data", f"data.params.validation.params.data_root={tmp_path / 'held back'}")
+    assert kinds(result) == {(str(stray), "in_root")}
+
+
+def test_a_deeper_tree_is_checked_where_training_reads_one(tmp_path: Path, check: Check) -> None:
+    add_good_pictures(tmp_path / "data" / "project", 10)
+    words = [f"data.params.{split}.params.recursive=true" for split in ("train", "validation")]
+    result = check(tmp_path / "data", *words)
+    assert (result["exit"], [row["folder"] for row in result["figures"]["folders"]]) == (
+        0,
+        ["project/man", "project/man_laion"],
+    )
+
+
+def test_in_a_mixture_its_folder_is_checked_and_the_steps_are_the_mixtures(
+    tmp_path: Path, check: Check, project_root: Path
+) -> None:
+    add_good_pictures(tmp_path / "data", 10)
+    add_good_pictures(tmp_path / "more", 30)
+    overlay = tmp_path / "mix.yaml"
+    overlay.write_text(
+        f"""
+data:
+  params:
+    train:
+      target: ldm.data.mixture.Mixture
+      params:
+        ratio: "new 1 : old 2"
+        sets:
+          new: {{target: ldm.data.every_dream.EveryDreamBatch}}
+          old: {{target: ldm.data.every_dream.EveryDreamBatch, params: {{data_root: {tmp_path / "more"}}}}}
+""",
+        encoding="utf-8",
+    )
+    base = project_root / "configs" / "stable-diffusion" / "v1-finetune_everydream.yaml"
+    words = ["--base", str(base), str(overlay), "data.params.train.params.repeats=1", "data.params.batch_size=1"]
+    result = check(tmp_path / "data", *words)
+    assert (result["figures"]["pictures"], result["figures"]["steps"]["training"]) == (10, [30])
+
+
 def test_folders_are_balanced_against_ground_truth(tmp_path: Path, check: Check) -> None:
     add_good_pictures(tmp_path / "data", 40)
     (tmp_path / "data" / "man_laion" / "multiply.txt").write_text("1.5", encoding="utf-8")
