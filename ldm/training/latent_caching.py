@@ -78,6 +78,11 @@ class LatentCaching(pl.Callback):
             cache = getattr(datasets.get(split), "latent_cache", None)
             if cache is None or cache.is_ready or (split == "validation" and not trainer.enable_validation):
                 continue
+            if trainer.strategy.restore_checkpoint_after_setup:
+                raise ValueError(
+                    f"data.params.{split}.params.cache_latents: the strategy {type(trainer.strategy).__name__} gives a "
+                    "continued run its weights too late for it; use strategy ddp, or set it to off"
+                )
             _Filling(trainer, pl_module, cache, split).run()
 
 

@@ -23,6 +23,7 @@ class OneOfMany:
     """A strategy of Lightning's, as one rank sees it whose partners do just as much as it does."""
 
     root_device = torch.device("cpu")
+    restore_checkpoint_after_setup = False
 
     def __init__(self, world: int = 1, others_succeed: bool = True) -> None:
         self.world = world
@@ -176,6 +177,15 @@ def test_a_rank_ends_when_another_one_fails(run: Run) -> None:
 def test_a_failure_is_raised_as_it_is_where_it_happens(run: Run) -> None:
     with pytest.raises(ValueError, match="no finite numbers"):
         run(Overflows(), strategy=OneOfMany(2), world_size=2, num_devices=2)
+
+
+class ReadsLate(OneOfMany):
+    restore_checkpoint_after_setup = True
+
+
+def test_a_strategy_that_has_the_weights_too_late_is_refused(run: Run) -> None:
+    with pytest.raises(ValueError, match="cache_latents: the strategy ReadsLate gives a continued run its weights"):
+        run(strategy=ReadsLate())
 
 
 # --- what is refused before a run --------------------------------------------------------------------------
