@@ -52,8 +52,13 @@ def write_entries(path: Path, entries: list[dict[str, Any]]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    with path.open("ab") as file:
+        file.write(b"".join(map(_line, entries)))
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    # What is no text in a path is a lone surrogate in Python, whose back-slash form is also JSON's.
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
@@ -66,13 +71,13 @@ def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
         OSError: the file cannot be read.
         ValueError: a line is not an entry; says which.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}; restore the file or move it away") from error
             yield entry
 
@@ -95,10 +100,10 @@ def keep_entries_before(path: Path, epoch: int, batch: int) -> int:
         return 0
     dropped = 0
     rewritten = path.with_name(path.name + ".tmp")
-    with rewritten.open("w", encoding="utf-8") as file:
+    with rewritten.open("wb") as file:
         for entry in read_ledger(path):
             if (entry["run_epoch"], entry["batch"]) < (epoch, batch):
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(_line(entry))
             else:
                 dropped += 1
         file.flush()

@@ -85,6 +85,7 @@ def settle_resume(trainer: Trainer, saved: Mapping[str, Any], batches: EpochBatc
             batches.set_epoch(epoch + 1)
             _begin_epoch(fit_loop, epoch + 1)
         else:
+            _tell_how_it_began(saved, done, epoch, batches)
             in_epoch = _limited(trainer, len(batches))
             due = _validation_falls_due(trainer, epoch, in_epoch, in_epoch)
             _go_on_after_last_batch(fit_loop, epoch, in_epoch, due)
@@ -112,8 +113,7 @@ def _go_on_from(saved: Mapping[str, Any], done: int, epoch: int, batches: EpochB
     Returns:
         The batch's number in the epoch, and how many batches from there on had been seen but not taken in.
     """
-    segments = [(size, count) for size, count in saved.get("segments", ())]
-    settled = sum(count for _, count in segments)
+    settled = sum(count for _, count in saved.get("segments", ()))
     accumulate = saved.get("accumulate", 1)
     taken_in = max(settled, done // accumulate * accumulate)
     now, then = batches.exposures(epoch), saved["exposures_per_epoch"]
@@ -126,10 +126,16 @@ def _go_on_from(saved: Mapping[str, Any], done: int, epoch: int, batches: EpochB
         )
         shown = taken_in * saved["exposures_per_batch"]
         return min(shown // batches.together, len(batches) - 1), done - taken_in
-    if saved["exposures_per_batch"] != batches.together:
-        segments.append((saved["exposures_per_batch"], taken_in - settled))
-    batches.begin_with(epoch, [segment for segment in segments if segment[1]])
+    _tell_how_it_began(saved, taken_in, epoch, batches)
     return taken_in, done - taken_in
+
+
+def _tell_how_it_began(saved: Mapping[str, Any], taken_in: int, epoch: int, batches: EpochBatches) -> None:
+    """Tell ``batches`` with what batch sizes the first batches of an epoch were taken."""
+    segments = [(size, count) for size, count in saved.get("segments", ())]
+    if saved["exposures_per_batch"] != batches.together:
+        segments.append((saved["exposures_per_batch"], taken_in - sum(count for _, count in segments)))
+    batches.begin_with(epoch, [segment for segment in segments if segment[1]])
 
 
 def _limited(trainer: Trainer, batches: int) -> int:

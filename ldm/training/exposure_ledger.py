@@ -15,6 +15,7 @@ from ldm.ledger import keep_entries_before, ledger_entries, write_entries
 logger = logging.getLogger(__name__)
 
 LEDGER: Final = "exposure.jsonl"
+RANK_PREFIX: Final = "exposure.rank"
 NEEDED: Final = ("path", "exposure", "caption", "dropped", "training_size", "crop", "flip", "loss_weight")
 
 
@@ -42,12 +43,15 @@ class ExposureLedger(pl.Callback):
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rank = trainer.global_rank
-        file = folder / (LEDGER if rank == 0 else f"exposure.rank{rank}.jsonl")
+        file = folder / (LEDGER if rank == 0 else f"{RANK_PREFIX}{rank}.jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)  # on another node it may not be there
-        batches_done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        again = keep_entries_before(file, trainer.current_epoch, batches_done)
-        if again:
-            logger.info("%s: %d exposures after the checkpoint come again", file.name, again)
+        counters: Any = trainer.fit_loop.epoch_loop.batch_progress
+        batches_done = counters.current.processed
+        files = [file, *_files_of_ranks_from(folder, trainer.world_size)] if rank == 0 else [file]
+        for kept in files:
+            again = keep_entries_before(kept, trainer.current_epoch, batches_done)
+            if again:
+                logger.info("%s: %d exposures after the checkpoint come again", kept.name, again)
         self._file = file
 
     def on_train_batch_end(
@@ -63,3 +67,9 @@ class ExposureLedger(pl.Callback):
         except OSError as error:
             logger.warning("%s cannot be written, and is not kept any more: %s", self._file, error)
             self._file = None
+
+
+def _files_of_ranks_from(folder: Path, first: int) -> list[Path]:
+    """Find the ledgers of devices that a run had and has no more."""
+    ranks = {file: file.stem.removeprefix(RANK_PREFIX) for file in folder.glob(f"{RANK_PREFIX}*.jsonl")}
+    return [file for file, rank in ranks.items() if rank.isdecimal() and int(rank) >= first]

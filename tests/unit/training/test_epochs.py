@@ -173,3 +173,39 @@ def test_a_run_in_fractions_can_be_resumed_in_an_epoch(shapes: Path, tmp_path: P
     )
     assert ledger(resumed) == ledger(whole)
     assert torch.equal(resumed.weights, whole.weights)
+
+
+class SaveAt(pl.Callback):
+    """Saves a checkpoint at the end of one batch."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_an_epoch_saved_at_its_last_batch_stays_whole_in_the_ledger(
+    shapes: Path, tmp_path: Path, batch_size: int
+) -> None:
+    saved = tmp_path / "saved.ckpt"
+    toy_run(tmp_path, shapes, batch_size=4, max_epochs=1, extra=[SaveAt(saved, 8)])
+    run = toy_run(tmp_path, shapes, batch_size=batch_size, checkpoint=saved)
+    keys = Counter((entry["epoch"], entry["item"], entry["repeat"]) for entry in ledger(run))
+    assert len(keys) == 2 * 30
+    assert set(keys.values()) == {1}
+    assert len(run.model.shown) == 30
+
+
+def test_a_resume_on_fewer_devices_takes_entries_of_the_others_out_too(shapes: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.ckpt"
+    toy_run(tmp_path, shapes, batch_size=4, max_epochs=1, extra=[SaveAt(saved, 3)])
+    lines = [json.dumps({"run_epoch": 0, "batch": batch}) for batch in range(8)]
+    other = tmp_path / "exposure.rank1.jsonl"
+    other.write_text("\n".join(lines) + "\n")
+    toy_run(tmp_path, shapes, batch_size=4, max_epochs=1, checkpoint=saved)
+    assert other.read_text().splitlines() == lines[:4]
