@@ -393,6 +393,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.threads is not None and options.threads < 1:
             raise ValueError(f"--threads {options.threads} is not allowed; give at least 1")
+        for file in (options.html, options.json):
+            # Before anything that takes long, not after it.
+            if file not in (None, "-") and not os.path.isdir(os.path.dirname(file) or "."):
+                raise ValueError(f"{file} cannot be written: there is no folder {os.path.dirname(file)}; make it first")
         config, settings = read_settings(words)
         result = check(config, settings, options.decode, options.threads, progress_bar)
         if options.html is not None:

@@ -137,6 +137,33 @@ def test_the_training_command_can_be_given_as_it_is(tmp_path: Path, check: Check
     assert (result["settings"]["devices"], result["figures"]["steps"]["training"]) == (2, [3])
 
 
+@pytest.mark.parametrize("name", ["everydream", "micro", "tiny"])
+def test_every_shipped_yaml_can_be_checked_for(tmp_path: Path, project_root: Path, name: str) -> None:
+    base = project_root / "configs" / "stable-diffusion" / f"v1-finetune_{name}.yaml"
+    _, settings = read_settings(["--base", str(base), "--data_root", str(tmp_path)])
+    assert (settings.data_root, settings.resize_mode, settings.assumed) == (str(tmp_path), "bucket", False)
+
+
+def test_pictures_may_keep_their_own_sizes(tmp_path: Path) -> None:
+    add_good_pictures(tmp_path / "data", 10)
+    words = [f"data.params.{split}.params.size=null" for split in ("train", "validation")]
+    status = main(["--data_root", str(tmp_path / "data"), "--json", str(tmp_path / "check.json"), *words])
+    result = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
+    assert (status, {tuple(row["size"]) for row in result["figures"]["buckets"]}) == (
+        0,
+        {(96, 80), (64, 64), (160, 80), (70, 130), (200, 150)},
+    )
+
+
+@pytest.mark.parametrize("flag", ["--html", "--json"])
+def test_a_file_that_cannot_be_written_is_told_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    missing = tmp_path / "missing" / "file"
+    assert main(["--data_root", "no/such/folder", flag, str(missing)]) == 2
+    assert capsys.readouterr().err.startswith(f"check_dataset: {missing} cannot be written")
+
+
 @pytest.mark.parametrize(("devices", "count"), [(1, 1), ([0, 1], 2), ("0,1,", 2), ("3", 3), ("auto", 1), (-1, 1)])
 def test_devices_are_counted_in_all_spellings(devices: Any, count: int) -> None:
     assert count_devices({"devices": devices}) == count
