@@ -217,7 +217,7 @@ def check(
         fates=fates,
         findings=sort_findings(findings),
         folders=folder_figures(scan.folder_counts, sound, sizes, scan.folder_settings, settings.repeats),
-        buckets=bucket_figures(fates),
+        buckets=bucket_figures({path: fate for path, fate in fates.items() if path not in unreadable}),
         captions=caption_figures(scan.pictures, tokens.lengths),
         tokens=tokens,
         formats=count_formats(headers),

@@ -115,10 +115,13 @@ def test_the_steps_are_those_of_training(tmp_path: Path, check: Check, mode: str
 
 def test_broken_pictures_that_are_skipped_count_no_steps(tmp_path: Path, check: Check) -> None:
     paths = add_good_pictures(tmp_path / "data", 12)
-    Path(paths[0]).write_bytes(b"no picture")
+    damaged = Path(paths[0])  # a JPEG whose header is sound
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size * 3 // 4])
     words = ["data.params.train.params.on_bad_image=skip", "data.params.validation.params.on_bad_image=skip"]
     words += ["data.params.batch_size=1"]
-    assert check(tmp_path / "data", *words)["figures"]["steps"]["training"] == [11 * 20]
+    figures = check(tmp_path / "data", "--decode", *words)["figures"]
+    assert figures["steps"]["training"] == [11 * 20]
+    assert sum(row["pictures"] for row in figures["buckets"]) == 11
     assert training_steps(tmp_path / "data", words) == [11 * 20, 11 * 20]
 
 
