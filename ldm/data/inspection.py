@@ -516,14 +516,14 @@ def quick_look(
 ) -> list[Finding]:
     """Judge training sets by what they know already, before a run starts; no file is opened.
 
-    What the sets themselves refuse, leave out or tell is not told again.
+    What the sets themselves refuse, leave out or tell (empty captions among it) is not told again.
 
     Args:
         datasets: built, with their pictures' sizes read.
         headers: by path, where they are at hand; with them also formats are judged.
 
     Returns:
-        The warnings, sorted; notes are left to the full check.
+        The warnings, sorted, and every picture that is enlarged; other notes are left to the full check.
     """
     findings: list[Finding] = []
     for dataset in datasets:
@@ -535,7 +535,8 @@ def quick_look(
             fate = fate_of((width, height), dataset.size, dataset.resize_mode)
             findings += _size_findings(picture.path, (width, height), fate, dataset.size, dataset.resize_mode)
         findings += caption_findings(dataset.pictures, {})
-    return sort_findings({one for one in findings if one.severity == "warning"})
+    told = {one for one in findings if one.severity == "warning" or one.kind == "upscaled"}
+    return sort_findings(one for one in told if one.kind != "empty_caption")
 
 
 def summarise(findings: Sequence[Finding], most: int = 3) -> list[str]:

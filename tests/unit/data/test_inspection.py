@@ -291,7 +291,7 @@ def test_names_are_shown_on_one_line_without_steering_a_terminal() -> None:
 
 def test_a_quick_look_warns_of_built_sets_without_opening_a_file(make_root: MakeRoot) -> None:
     root = make_root("a/a cat.png", "a/_1.png", "a/a dog.png")
-    Image.new("RGB", (64, 64)).save(root / "a" / "a dog.png")
+    Image.new("RGB", (60, 60)).save(root / "a" / "a dog.png")
     dataset = EveryDreamBatch(data_root=str(root), size=64)
     assert dataset.source_sizes.shape == (3, 2)
     for picture in dataset.pictures:
@@ -300,7 +300,7 @@ def test_a_quick_look_warns_of_built_sets_without_opening_a_file(make_root: Make
     assert [(os.path.basename(one.path), one.kind) for one in found] == [
         ("_1.png", "tiny"),
         ("a cat.png", "tiny"),
-        ("_1.png", "empty_caption"),
+        ("a dog.png", "upscaled"),
     ]
 
 
