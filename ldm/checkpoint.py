@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +53,12 @@ TOLERATED_UNEXPECTED: Final[Mapping[str, str]] = {
 _INERT_PACKAGES: Final = ("pytorch_lightning.callbacks.", "pytorch_lightning.utilities.", "main.")
 _INERT_NAMES: Final = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "_codecs.encode")
 
+_READ_AT_ONCE: Final = 1 << 20
+"""Bytes."""
+
+_LOCAL_HEADER: Final = struct.Struct("<26xHH")
+"""The lengths of a name and of an extra field, at the end of what a zip archive puts before a record."""
+
 _ROUNDING: Final = 1e-3
 """Relative difference that a schedule table may show from having been rounded on the way to the file."""
 
@@ -66,6 +74,20 @@ class _Inert:
 
     def __setitem__(self, key: object, value: object) -> None:
         """Drop the item."""
+
+
+class DamagedTensorError(ValueError):
+    """A part of a checkpoint that is not what was written.
+
+    Attributes:
+        place: which part, and what is wrong with it.
+    """
+
+    def __init__(self, path: Path, place: str) -> None:
+        super().__init__(
+            f"checkpoint '{path}' is damaged at {place}; use another copy of the file, or an older checkpoint"
+        )
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -117,6 +139,88 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return read_checkpoint(path)["state_dict"]
 
 
+def verify_checkpoint(path: str | Path) -> bool:
+    """Compare each tensor of a ``.ckpt`` file with its checksum, in a few megabytes of memory.
+
+    torch writes each tensor as a record of a zip archive, with its CRC-32, and does not look at that when
+    it reads. Files without checksums (of torch before 1.6, or written without) have nothing to compare.
+
+    Args:
+        path: a ``.ckpt``/``.pt``/``.pth`` file.
+
+    Returns:
+        Whether the file has checksums.
+
+    Raises:
+        OSError: the file is missing or cannot be opened.
+        ValueError: it is damaged; names the first tensor that is.
+    """
+    path = Path(path)
+    with path.open("rb"):
+        is_zip = zipfile.is_zipfile(path)  # opened: an OSError from here on is one of reading a damaged file
+    if not is_zip:
+        return False
+    record = None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if not any(each.CRC for each in records):
+                return False
+            for record in records:
+                with archive.open(record) as content:
+                    while content.read(_READ_AT_ONCE):
+                        pass
+    # Damaged lengths and flags of a record send the reader anywhere.
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError) as error:
+        if record is None:
+            raise ValueError(_damaged(path)) from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not what was written"
+        raise DamagedTensorError(path, f"{_content_of(path, record.filename)}: {reason}") from error
+    return True
+
+
+def _content_of(path: Path, record: str) -> str:
+    """Say what a record of a zipped checkpoint holds: the name of its tensor where that can be found out."""
+    if record.endswith("/data.pkl"):
+        return "its list of tensors"
+    if "/data/" not in record:
+        return f"its record {record}"
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            starts = {
+                each.filename: _content_start(file, each.header_offset)
+                for each in archive.infolist()
+                if "/data/" in each.filename and each.file_size
+            }
+        names: dict[int, str] = {}
+        for name, tensor in _named_tensors(_unpickle(path, is_zip=True)):
+            if tensor.untyped_storage().nbytes():
+                names.setdefault(tensor.untyped_storage().data_ptr(), name)
+        # The file is mapped into memory as a whole, so that its tensors lie there as they lie in it.
+        here = min(names) + starts[record] - min(starts.values())
+        return f"tensor {names[here]}"
+    except Exception:  # noqa: BLE001 - the file is known to be damaged: whatever this is comes of that
+        return f"its record {record}"
+
+
+def _content_start(file: Any, header: int) -> int:
+    """Find where a zip record's content begins, in bytes from the file's beginning."""
+    file.seek(header)
+    return header + 30 + sum(_LOCAL_HEADER.unpack(file.read(30)))
+
+
+def _named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Go through a nest of containers; weights have their checkpoint keys as names."""
+    if isinstance(content, Tensor):
+        yield name.removeprefix(".").removeprefix("state_dict."), content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _named_tensors(value, f"{name}.{key}")
+    elif isinstance(content, (list, tuple)):
+        for number, value in enumerate(content):
+            yield from _named_tensors(value, f"{name}.{number}")
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(safetensors.torch.load_file(path))
@@ -127,14 +231,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_pickle(path: Path) -> Any:
     with path.open("rb"):
         is_zip = zipfile.is_zipfile(path)  # opened: an OSError from here on is one of reading a damaged file
-    inert = [name for name in _unsafe_names(path) if name.startswith(_INERT_PACKAGES) or name in _INERT_NAMES]
-    context = torch.serialization.safe_globals([(_Inert, name) for name in inert]) if inert else nullcontext()
     try:
-        with context:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return _unpickle(path, is_zip)
     except pickle.UnpicklingError as error:
         refused = re.search(r"unsupported (?:global|class|operand)[: ]+(?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
-        names = [name for name in _unsafe_names(path) if name not in inert]
+        names = [name for name in _unsafe_names(path) if not _is_inert(name)]
         names = names or [name for name in (refused.groups() if refused else ()) if "." in name]
         if not names:
             raise ValueError(_damaged(path)) from error
@@ -146,6 +247,19 @@ def _read_pickle(path: Path) -> Any:
         raise
     except Exception as error:
         raise ValueError(_damaged(path)) from error
+
+
+def _unpickle(path: Path, is_zip: bool) -> Any:
+    """Read what is allowed; the tensors of a zipped file stay on the disk until they are looked at."""
+    inert = list(filter(_is_inert, _unsafe_names(path)))
+    context = torch.serialization.safe_globals([(_Inert, name) for name in inert]) if inert else nullcontext()
+    with context:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _is_inert(name: str) -> bool:
+    """Tell whether a name is read as a stand-in."""
+    return name.startswith(_INERT_PACKAGES) or name in _INERT_NAMES
 
 
 def _damaged(path: Path) -> str:

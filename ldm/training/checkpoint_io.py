@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from ldm.checkpoint import read_checkpoint
+from ldm.checkpoint import DamagedTensorError, read_checkpoint, verify_checkpoint
+from ldm.training.disk import Disk
+from ldm.training.run_directory import LAST_CHECKPOINT
 
 PARTIAL: Final = ".partial"
 """Ending of a file that is being written."""
@@ -20,20 +21,38 @@ PARTIAL: Final = ".partial"
 FULL: Final = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 """What a system says of a disk, or a user's share of it, without room; Windows knows no quotas."""
 
+FORBIDDEN: Final = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+BESIDE_TENSORS: Final = 1 << 20
+"""Bytes that a checkpoint has room for besides its tensors and what it notes of each."""
+
+BESIDE_TENSOR: Final = 512
+"""Bytes of names, sizes and padding for each tensor."""
+
+NAMED_FILES: Final = 5
+"""How many files that could go are listed."""
+
 
 class CheckpointWriteError(OSError):
     """A checkpoint that did not reach the disk."""
 
 
 class StreamingCheckpointIO(CheckpointIO):
-    """Writes checkpoints tensor by tensor to a neighbouring file, then renames it into place.
+    """Writes checkpoints tensor by tensor to a neighbouring file, reads that back, and renames it into place.
 
     Lightning's own writer serialises into memory and copies that once more, which for a 12 GB
-    checkpoint takes 24 GB of host memory. The rename is atomic, so that whatever ends the process, a
-    name in ``checkpoints/`` either holds a whole file or the whole previous one.
+    checkpoint takes 24 GB of host memory. The rename is atomic and comes last, so that whatever ends the
+    process, or fails, a name in ``checkpoints/`` either holds a whole file or the whole previous one.
+
+    Args:
+        verify: whether to read each file back from the disk, and compare its checksums, before it takes
+            its name. It takes as long as the disk needs to read it.
+        disk: the file system.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, verify: bool = True, disk: Disk | None = None) -> None:
+        self.verify = verify
+        self.disk = disk or Disk()
         self.newest_path: Path | None = None
         """The file that was written last in this process."""
         self.newest_loops: Mapping[str, Any] | None = None
@@ -53,25 +72,12 @@ class StreamingCheckpointIO(CheckpointIO):
 
         Raises:
             CheckpointWriteError: if the file cannot be written, naming it and, where the disk is full, the
-                room that is needed.
+                room that is needed and what could go. What was there before is untouched.
         """
         if storage_options is not None:
             raise ValueError("storage_options are not supported: checkpoints are files on a local disk")
         target = Path(path)
-        partial = _partial_name(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, target)
-        except BaseException as error:
-            _remove_quietly(partial)
-            # torch reports a full disk as a RuntimeError of its file writer.
-            if isinstance(error, (OSError, RuntimeError)):
-                raise CheckpointWriteError(_describe_failure(error, _tensor_bytes(checkpoint), target)) from error
-            raise
+        self._put(target, file_size(checkpoint), lambda stream: torch.save(checkpoint, stream))
         self.newest_path = target
         self.newest_loops = checkpoint.get("loops", {}).get("fit_loop")
         self.newest_can_be_continued = "optimizer_states" in checkpoint
@@ -101,7 +107,7 @@ class StreamingCheckpointIO(CheckpointIO):
         Args:
             path: the file; nothing happens if it is gone already.
         """
-        Path(path).unlink(missing_ok=True)
+        self.disk.remove(Path(path))
 
     def duplicate(self, source: Path, target: Path) -> None:
         """Give a written checkpoint a second name.
@@ -116,20 +122,117 @@ class StreamingCheckpointIO(CheckpointIO):
         Raises:
             CheckpointWriteError: if neither a link nor a copy can be made.
         """
+        if target.exists() and target.samefile(source):
+            return  # a rename would leave both names of the one file
         partial = _partial_name(target)
-        partial.unlink(missing_ok=True)
         try:
-            try:
-                os.link(source, partial)
-            except OSError:
-                shutil.copyfile(source, partial)
-            os.replace(partial, target)
-        except BaseException as error:
-            _remove_quietly(partial)
-            if isinstance(error, OSError):
-                needed = source.stat().st_size
-                raise CheckpointWriteError(_describe_failure(error, needed, target)) from error
+            self.disk.remove(partial)
+            self.disk.link(source, partial)
+            self.disk.replace(partial, target)
+            self.disk.sync_folder(target.parent)
+        except OSError:
+            self._remove_quietly(partial)
+        except BaseException:
+            self._remove_quietly(partial)
             raise
+        else:
+            return
+        self._put(target, source.stat().st_size, lambda stream: self.disk.copy(source, stream))
+
+    def _put(self, target: Path, needed: int, write: Callable[[BinaryIO], None]) -> None:
+        """Make a whole file or none: room first, then content, then proof, then name."""
+        partial = _partial_name(target)
+        try:
+            self.disk.make_folder(target.parent)
+            self.disk.remove(partial)
+            if self.disk.free(target.parent) < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with self.disk.create(partial) as stream:
+                write(stream)
+                self.disk.sync(stream)
+            if self.verify and not verify_checkpoint(partial):
+                raise ValueError("the file is cut short")
+            self.disk.replace(partial, target)
+            self.disk.sync_folder(target.parent)
+        except BaseException as error:
+            self._remove_quietly(partial)
+            # torch reports a failed write as a RuntimeError of its file writer.
+            if isinstance(error, (OSError, RuntimeError, ValueError)):
+                raise CheckpointWriteError(self._describe_failure(error, needed, target)) from error
+            raise
+
+    def _describe_failure(self, error: BaseException, needed: int, target: Path) -> str:
+        """Say in one line what failed and what to do."""
+        cause = _system_error(error)
+        number = cause.errno if cause is not None else None
+        if number in FULL:
+            return self._describe_full_disk(needed, target)
+        reason = (cause.strerror if cause is not None else None) or " ".join(str(cause or error).split())
+        if number in FORBIDDEN:
+            remedy = f"make {target.parent} writable for this user"
+        elif isinstance(error, ValueError):
+            place = error.place if isinstance(error, DamagedTensorError) else "the file is cut short"
+            reason = f"what was read back is not what was written ({place})"
+            remedy = "check the disk and the memory of this computer"
+        else:
+            remedy = f"check the disk that {target.parent} lies on"
+        return f"could not write the checkpoint {target}: {reason}; {remedy}; the checkpoints before it are intact"
+
+    def _describe_full_disk(self, needed: int, target: Path) -> str:
+        """Say how much room there is, and what could make more."""
+        try:
+            room = f"{target.parent} has {format_size(self.disk.free(target.parent))} free"
+        except OSError:
+            room = f"{target.parent} has less free"
+        older = older_checkpoints(target.parent)
+        older.pop(target, None)
+        listed = ", ".join(f"{path.name} ({format_size(size)})" for path, size in list(older.items())[:NAMED_FILES])
+        more = f" and {len(older) - NAMED_FILES} more" if len(older) > NAMED_FILES else ""
+        remedy = f"delete older checkpoints of the run ({listed}{more})" if older else "make room"
+        return (
+            f"the disk is full: the checkpoint {target} needs {format_size(needed)}, {room}; {remedy}, or keep fewer"
+            " with lightning.modelcheckpoint.params.save_top_k=1; the checkpoints before it are intact"
+        )
+
+    def _remove_quietly(self, path: Path) -> None:
+        """Delete a half-written file while another exception is on its way up."""
+        try:
+            self.disk.remove(path)
+        except OSError:
+            # The exception in flight is the one to show; the next save replaces the leftover.
+            return
+
+
+def file_size(checkpoint: Mapping[str, Any]) -> int:
+    """Work out how large a checkpoint's file is going to be, to the safe side.
+
+    Args:
+        checkpoint: a nest of containers with tensors on any device.
+
+    Returns:
+        Bytes. Tensors that share memory share it in the file too, and a view brings all that it is a view of.
+    """
+    storages: dict[int, int] = {}
+    _gather_storages(checkpoint, storages)
+    return sum(storages.values()) + len(storages) * BESIDE_TENSOR + BESIDE_TENSORS
+
+
+def older_checkpoints(folder: Path) -> dict[Path, int]:
+    """List the checkpoints that a run can be continued without.
+
+    Args:
+        folder: a run's folder of checkpoints.
+
+    Returns:
+        Sizes in bytes by path, the oldest first; without ``last.ckpt``, other names of that file, and,
+        where it is missing, the newest.
+    """
+    try:
+        found = sorted(((path.stat(), path) for path in folder.glob("*.ckpt")), key=lambda pair: pair[0].st_mtime_ns)
+    except OSError:
+        return {}
+    kept = [stat for stat, path in found if path.name == LAST_CHECKPOINT] or [stat for stat, _ in found[-1:]]
+    return {path: stat.st_size for stat, path in found if not any(os.path.samestat(stat, each) for each in kept)}
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -142,47 +245,35 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _describe_failure(error: BaseException, needed: int, target: Path) -> str:
-    """Tell a full disk, with the room that is needed and there, from other failures."""
-    free = shutil.disk_usage(target.parent).free
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in FULL:
-            break
-        chain = chain.__cause__ or chain.__context__
-    if chain is None and free >= needed:
-        return f"could not write the checkpoint {target}: {' '.join(str(error).split())}"
-    return (
-        f"the disk is full: the checkpoint {target} needs {_size(needed)}, {_size(free)} are free; make"
-        " room, or keep fewer checkpoints with lightning.modelcheckpoint.params.save_top_k=1"
-    )
-
-
-def _size(count: int) -> str:
+def format_size(count: int) -> str:
     """Write a number of bytes."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _tensor_bytes(content: Any) -> int:
-    """Add up the tensors inside a nest of containers."""
+def _system_error(error: BaseException) -> OSError | None:
+    """Find what the system said among an exception and those that led to it."""
+    seen: BaseException | None = error
+    while seen is not None and not (isinstance(seen, OSError) and seen.errno is not None):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def _gather_storages(content: Any, storages: dict[int, int]) -> None:
+    """Note the sizes in bytes of the memory behind the tensors inside a nest of containers."""
     if isinstance(content, torch.Tensor):
-        return content.numel() * content.element_size()
-    if isinstance(content, Mapping):
-        return sum(map(_tensor_bytes, content.values()))
-    if isinstance(content, (list, tuple)):
-        return sum(map(_tensor_bytes, content))
-    return 0
+        if content.layout is torch.strided:
+            storage = content.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        else:
+            storages[id(content)] = content.numel() * content.element_size()
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            _gather_storages(value, storages)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            _gather_storages(value, storages)
 
 
 def _partial_name(target: Path) -> Path:
     """Name the file that is written before it takes the target's place."""
     return target.with_name(target.name + PARTIAL)
-
-
-def _remove_quietly(path: Path) -> None:
-    """Delete a half-written file while another exception is on its way up."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        # The exception in flight is the one to show; the next save replaces the leftover.
-        return
