@@ -410,6 +410,10 @@ class LatentCache:
         """Count the entries there are to be, while they are being filled in."""
         return len(self._views)
 
+    def count_pictures(self) -> int:
+        """Count the picture files that the entries come from."""
+        return len(self._digests)
+
     def bytes_needed(self, views: Iterable[View] | None = None) -> int:
         """Add up the bytes of the latents of some views; of all views if None."""
         assert self._encoding is not None

@@ -168,13 +168,15 @@ class _Filling:
         cache = self.cache
         free = cache.free_bytes()
         place = "memory" if cache.mode == "memory" else cache.folder
+        room = "" if free is None else f" ({format_bytes(free)} free)"
         logger.info(
-            "cached latents (%s): %s, %s, in %s; %s",
+            "cached latents (%s): %s of %s, %s, in %s; %s",
             self.split,
             plural(len(cache), "latent"),
+            plural(cache.count_pictures(), "picture"),
             format_bytes(cache.bytes_needed()),
             place,
-            f"{missing:,} to make, {format_bytes(needed)}" if missing else "all there",
+            f"{missing:,} to make, {format_bytes(needed)}{room}" if missing else "all there",
         )
         if free is not None and needed > free:
             raise ValueError(

@@ -124,8 +124,9 @@ def test_the_size_is_told_before_anything_is_written(
     model = LatentToy()
     with caplog.at_level(logging.INFO), pytest.raises(ValueError) as refused:
         run(model)
-    told = f"cached latents (train): 6 latents, 0.6 kB, in {tmp_path / 'cache'}; 6 to make, 0.6 kB"
-    assert told in caplog.text
+    assert f"(train): 6 latents of 6 pictures, 0.6 kB, in {tmp_path / 'cache'}; 6 to make, 0.6 kB (0.6 kB free)" in (
+        caplog.text
+    )
     assert str(refused.value) == (
         f"data.params.train.params.cache_latents: 0.6 kB of latents do not fit into {tmp_path / 'cache'}, which has "
         "0.6 kB free; make room, name another folder as cache_dir, or lower cache_crops"
