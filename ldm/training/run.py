@@ -27,12 +27,14 @@ from ldm.training.checkpoint_io import remove_leftovers
 from ldm.training.cli import Options, parse_options
 from ldm.training.config import RunConfig, format_config, load_run_config
 from ldm.training.console import command_word, console
+from ldm.training.data_record import describe_data
 from ldm.training.failures import TrainingError, explain
 from ldm.training.latent_caching import refuse_uncacheable
 from ldm.training.learning_rate import scaled_learning_rate
 from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
 from ldm.training.run_directory import RunDirectory, find_run, new_run_directory
+from ldm.training.run_record import RunRecord
 from ldm.training.stop_signals import Interrupted, StopSignals
 from ldm.training.summary import (
     RunSummary,
@@ -95,13 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done; 1 an unexpected failure, with its traceback; 2 something that the user can
         put right, with a line for each problem; 130 and 143 ended by Ctrl-C and SIGTERM.
     """
+    words = sys.argv[1:] if argv is None else argv
     try:
-        options = parse_options(sys.argv[1:] if argv is None else argv)
+        options = parse_options(words)
     except ValueError as error:
         return _report(error)
     with console(getattr(rank_zero_only, "rank", 0), options.debug), StopSignals() as signals:
         try:
-            _run(options, signals)
+            _run(options, signals, words)
         except Interrupted as stop:
             logger.warning("%s", stop)
             return stop.exit_code
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _run(options: Options, signals: StopSignals) -> None:
+def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
     """Go through a run from its configuration to its end."""
     run_config = load_run_config(options)
     if options.print_config:
@@ -125,16 +128,23 @@ def _run(options: Options, signals: StopSignals) -> None:
 
     trainer = _build_trainer(run)
     data = _build_data(run)
+    record = _build_record(run, trainer, data, words)
     model, origin = _build_model(run)
     refuse_uncacheable(model, data.datasets)
     rates = _set_learning_rates(run, trainer, model)
     summary = _summarise(run, trainer, data, model, origin, rates)
-    trainer = _prepare_folder(run, trainer, run_config)
+    trainer = _prepare_folder(run, trainer, run_config, record)
     for line in replace(summary, run_folder=str(run.directory.path)).lines():
         logger.info("%s", line)
 
-    _fit(run, trainer, model, data)
-    _test(run, trainer, model, data)
+    try:
+        _fit(run, trainer, model, data)
+        record.note_losses(trainer)
+        _test(run, trainer, model, data)
+    except BaseException as error:
+        record.end(trainer, error)
+        raise
+    record.end(trainer)
     _report_end(run, trainer)
 
 
@@ -155,10 +165,10 @@ def _choose_directory(options: Options, said: Mapping[str, Any]) -> tuple[RunDir
     return directory, None
 
 
-def _prepare_folder(run: Run, trainer: pl.Trainer, run_config: RunConfig) -> pl.Trainer:
-    """Make a new run's folder with its configuration, now that nothing more is going to be refused.
+def _prepare_folder(run: Run, trainer: pl.Trainer, run_config: RunConfig, record: RunRecord) -> pl.Trainer:
+    """Make a new run's folder with its configuration and record, now that nothing more is going to be refused.
 
-    A continued run's configuration is written when its checkpoint has been restored: one that does not fit
+    A continued run's are written when its checkpoint has been restored: a configuration that does not fit
     it must not become what the next attempt starts from.
 
     Returns:
@@ -169,6 +179,7 @@ def _prepare_folder(run: Run, trainer: pl.Trainer, run_config: RunConfig) -> pl.
         run.directory.create()
         remove_leftovers(run.directory.checkpoints)
         OmegaConf.save(run_config.config, run.directory.config_file)
+        record.begin(trainer, run.directory, run.checkpoint)
 
     if run.checkpoint is not None:
         warn_of_going_back(run.checkpoint, run.directory.last_checkpoint)
@@ -207,6 +218,12 @@ def _build_data(run: Run) -> Any:
     if "train" not in data.datasets:
         raise ValueError("data.params.train is missing: give it target: ldm.data.every_dream.EveryDreamBatch")
     return data
+
+
+def _build_record(run: Run, trainer: pl.Trainer, data: Any, words: Sequence[str]) -> RunRecord:
+    """Gather what the run's record states from the beginning; the first process alone writes it."""
+    described = describe_data(data.datasets if trainer.is_global_zero else {})
+    return RunRecord(run.config, described, words)
 
 
 def _read_weights(run: Run) -> tuple[dict[str, Tensor] | None, str]:

@@ -207,7 +207,8 @@ def test_a_folder_that_another_run_takes_meanwhile_is_left_to_it(
     first, second = sorted(Path("logs").iterdir())
     assert second.name == f"{first.name}-2"
     assert not list((first / "checkpoints").iterdir())
-    assert {path.name for path in second.iterdir()} == {"checkpoints", "configs", "exposure.jsonl", "images", "tensorboard"}
+    parts = {"checkpoints", "configs", "exposure.jsonl", "images", "run.json", "tensorboard"}
+    assert {path.name for path in second.iterdir()} == parts
     assert (second / "checkpoints" / "last.ckpt").is_file()
     text = capsys.readouterr().out
     assert f"run folder: {second}\n" in text
