@@ -23,6 +23,12 @@ from ldm.data.picture_header import PictureHeader, map_in_threads
 THUMBNAIL_PIXELS: Final = 200
 """Longer side of a thumbnail."""
 
+SMALL_PIXELS: Final = 8_000_000
+"""Pixels of the pictures that are decoded several at a time; of larger ones it is one."""
+
+MOST_PIXELS: Final = 64_000_000
+"""Pixels of the largest picture that is shown, for what decoding one takes."""
+
 THUMBNAILS_A_KIND: Final = 24
 """Pictures shown for each kind of finding; the others are only named."""
 
@@ -180,10 +186,14 @@ class _Page:
             header = self.result.headers[path]
             return thumbnail_uri(path, header) if isinstance(header, PictureHeader) else None
 
-        for path, uri in map_in_threads(read, self.wanted, min(8, os.cpu_count() or 1)):
-            if uri is not None:
-                self.thumbnails[path] = uri
-            progress(1)
+        sizes = {path: _pixels(self.result.headers[path]) for path in self.wanted}
+        small = [path for path in self.wanted if sizes[path] <= SMALL_PIXELS]
+        large = [path for path in self.wanted if SMALL_PIXELS < sizes[path] <= MOST_PIXELS]
+        for paths, threads in ((small, min(8, os.cpu_count() or 1)), (large, 1)):
+            for path, uri in map_in_threads(read, paths, threads):
+                if uri is not None:
+                    self.thumbnails[path] = uri
+                progress(1)
 
     def text(self) -> str:
         """Put the page together."""
@@ -273,7 +283,7 @@ class _Page:
         """Show a picture, with what training cuts away in the shade."""
         uri = self.thumbnails.get(path)
         if uri is None:
-            return '<div class="gone">no picture</div>'
+            return '<div class="gone">not shown</div>'
         crop = ""
         fate, header = self.result.fates.get(path), self._header(path)
         if with_crop and fate is not None and fate.cropped >= 0.01 and isinstance(header, PictureHeader):
@@ -385,6 +395,10 @@ class _Page:
 
     def _figures(self, paths: Iterable[str]) -> str:
         return "".join(map(self._figure, paths))
+
+
+def _pixels(header: PictureHeader | str) -> int:
+    return header.width * header.height if isinstance(header, PictureHeader) else 0
 
 
 def _bar(share: float) -> str:

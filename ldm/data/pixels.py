@@ -15,6 +15,7 @@ from ldm.data.image_transform import find_broken_pictures, to_rgb
 from ldm.data.picture_header import PictureHeader
 
 _SAMPLED_SIDE: Final = 16 * THUMBNAIL_SIDE
+_STRIP_PIXELS: Final = 1 << 22
 
 # As ldm.data.image_transform turns them.
 _QUARTER_TURNS: Final = {
@@ -81,8 +82,12 @@ def is_opaque(image: Image.Image) -> bool:
         True where each pixel is opaque; a picture whose transparency is one of its colours counts as transparent.
     """
     if image.mode.endswith(("A", "a")):
-        extrema = image.getchannel(image.getbands()[-1]).getextrema()
-        return extrema == (255, 255)
+        # In strips, for a band is copied to be looked at.
+        rows = max(1, _STRIP_PIXELS // image.width)
+        strips = (
+            image.crop((0, top, image.width, min(top + rows, image.height))) for top in range(0, image.height, rows)
+        )
+        return all(strip.getchannel(strip.getbands()[-1]).getextrema() == (255, 255) for strip in strips)
     transparency = image.info.get("transparency")
     if image.mode != "P" or transparency is None:
         return transparency is None
@@ -92,8 +97,9 @@ def is_opaque(image: Image.Image) -> bool:
 
 def _small(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Shrink a picture of any mode to a thumbnail, without a copy of its full size."""
-    if image.mode not in ("RGB", "L", "CMYK", "RGBA", "YCbCr"):
-        # Palettes, single bits and wide numbers cannot be averaged as they are: sample them first.
+    if image.mode not in ("RGB", "L", "CMYK", "YCbCr"):
+        # Palettes, single bits and wide numbers cannot be averaged as they are, and Pillow copies what has an alpha
+        # channel to average it: sample them first.
         image = image.resize([min(side, _SAMPLED_SIDE) for side in image.size], Image.Resampling.NEAREST)
     elif max(image.size) > _SAMPLED_SIDE:
         image = image.resize([min(side, _SAMPLED_SIDE) for side in image.size], Image.Resampling.BOX)
