@@ -66,7 +66,7 @@ def plan_epoch(
     Returns:
         The plan: a function of the arguments alone.
     """
-    groups = np.zeros(sizes, dtype=np.int64) if isinstance(sizes, int) else _groups(sizes)
+    groups = np.zeros(sizes, dtype=np.int64) if isinstance(sizes, int) else number_sizes(sizes)
     if shuffle:
         remaining = torch.randperm(len(groups), generator=keyed_generator("order", seed, epoch)).numpy()
     else:
@@ -85,8 +85,15 @@ def plan_epoch(
     return EpochPlan(np.concatenate(parts), ends - np.concatenate(lengths), ends)
 
 
-def _groups(sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """Number the different sizes."""
+def number_sizes(sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Number the different sizes among some.
+
+    Args:
+        sizes: (exposures, 2), width and height.
+
+    Returns:
+        int64 (exposures,): each one's number, from 0 for the narrowest; all that a plan takes from sizes.
+    """
     packed = sizes[:, 0].astype(np.int64) << 32 | sizes[:, 1].astype(np.int64)
     return np.unique(packed, return_inverse=True)[1].reshape(-1)
 
@@ -133,5 +140,5 @@ def count_batches(dataset: Any, batch_size: int, epoch: int = 0) -> int:
     """
     if not isinstance(dataset, ExposureSet):
         return -(-len(dataset) // batch_size)
-    counts = np.unique(_groups(dataset.training_sizes(epoch)), return_counts=True)[1]
+    counts = np.unique(number_sizes(dataset.training_sizes(epoch)), return_counts=True)[1]
     return int((-(-counts // batch_size)).sum())

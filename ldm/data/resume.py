@@ -49,6 +49,7 @@ def saved_position(trainer: Trainer, batches: EpochBatches) -> dict[str, Any]:
         "batches_per_epoch": int(in_epoch) if math.isfinite(in_epoch) else len(batches),
         "accumulate": trainer.accumulate_grad_batches,
         "segments": [list(segment) for segment in batches.segments(batches.epoch)],
+        "order": batches.fingerprint(batches.epoch),
     }
 
 
@@ -117,12 +118,14 @@ def _go_on_from(saved: Mapping[str, Any], done: int, epoch: int, batches: EpochB
     accumulate = saved.get("accumulate", 1)
     taken_in = max(settled, done // accumulate * accumulate)
     now, then = batches.exposures(epoch), saved["exposures_per_epoch"]
-    if now != then:
+    order = batches.fingerprint(epoch)
+    if now != then or saved.get("order", order) != order:
         logger.warning(
-            "an epoch has %d exposures and had %d when the checkpoint was saved: the rest of this epoch is taken "
-            "from the new order, so until its end some pictures come twice and some not at all",
-            now,
-            then,
+            "%s when the checkpoint was saved: the rest of this epoch is taken from the new order, so until its end "
+            "some pictures come twice and some not at all",
+            f"an epoch has {now} exposures and had {then}"
+            if now != then
+            else "the seed or the pictures' shapes are others than",
         )
         shown = taken_in * saved["exposures_per_batch"]
         return min(shown // batches.together, len(batches) - 1), done - taken_in

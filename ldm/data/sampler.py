@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm.data.buckets import EpochPlan, Segments, count_batches, plan_epoch
+from ldm.data.buckets import EpochPlan, Segments, count_batches, number_sizes, plan_epoch
 from ldm.data.exposure_set import ExposureSet, Filler
 
 
@@ -61,6 +62,7 @@ class EpochBatches(Sampler[list[int]]):
         self.start = 0
         self._begun: tuple[int, Segments] = (0, ())
         self._plan: tuple[int, EpochPlan] | None = None
+        self._fingerprint: tuple[int, str] | None = None
 
     @property
     def together(self) -> int:
@@ -89,6 +91,15 @@ class EpochBatches(Sampler[list[int]]):
         """
         self._begun = (epoch, tuple(segments))
         self._plan = None
+
+    def fingerprint(self, epoch: int) -> str:
+        """Sum up what an epoch's batches follow from beside their size: seed, shuffling, and who has whose shape."""
+        if self._fingerprint is None or self._fingerprint[0] != epoch:
+            digest = hashlib.blake2b(f"{self.seed} {self.shuffle}".encode(), digest_size=8)
+            if isinstance(self.dataset, ExposureSet):
+                digest.update(number_sizes(self.dataset.training_sizes(epoch)).astype("<i8").tobytes())
+            self._fingerprint = (epoch, digest.hexdigest())
+        return self._fingerprint[1]
 
     def segments(self, epoch: int) -> Segments:
         """Give what :meth:`begin_with` said of an epoch."""

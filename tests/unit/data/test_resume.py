@@ -104,15 +104,17 @@ def fit(make_root: Callable[..., Path]) -> Callable[..., list[Event]]:
         workers: int = 0,
         crash_at: Event | None = None,
         repeats: int = REPEATS,
+        size: int = 8,
+        seed: int = 23,
         **trainer_arguments: Any,
     ) -> list[Event]:
-        params = {"data_root": root, "size": 8}
+        params = {"data_root": root, "size": size}
         train = {
             "target": "ldm.data.every_dream.EveryDreamBatch",
             "params": params | {"repeats": repeats, "flip_p": 0.5},
         }
         validation = {"target": "ldm.data.ed_validate.EDValidateBatch", "params": params}
-        data = DataModuleFromConfig(batch_size, train=train, validation=validation, num_workers=workers)
+        data = DataModuleFromConfig(batch_size, train=train, validation=validation, num_workers=workers, seed=seed)
         module = Toy(crash_at)
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -236,6 +238,16 @@ def test_a_changed_set_is_told(fit: Fit, tmp_path: Path, caplog: pytest.LogCaptu
     resumed = exposures(fit(checkpoint=path, repeats=4))
     assert "an epoch has 20 exposures and had 15" in caplog.text
     assert [sum(row[1] == epoch for row in resumed) for epoch in (1, 2)] == [10, 20]
+
+
+def test_a_changed_order_is_told(fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "saved.ckpt"
+    fit(SaveAt(path, "batch end", 1, 4))
+    fit(checkpoint=path, size=16, batch_size=3)
+    assert "new order" not in caplog.text
+    resumed = exposures(fit(checkpoint=path, seed=24))
+    assert "the seed or the pictures' shapes are others than when the checkpoint was saved" in caplog.text
+    assert [sum(row[1] == epoch for row in resumed) for epoch in (1, 2)] == [5, 15]
 
 
 def test_loader_processes_change_nothing_resumed_or_not(fit: Fit, tmp_path: Path) -> None:

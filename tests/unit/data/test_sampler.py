@@ -112,6 +112,29 @@ def test_an_epoch_that_began_with_another_batch_size_does_not_repeat_what_it_sho
     assert len(sampler) == len(list(sampler.batches(2)))
 
 
+def test_a_fingerprint_tells_orders_apart() -> None:
+    class Larger(Exposures):
+        def training_sizes(self, epoch: int) -> np.ndarray:
+            return 2 * super().training_sizes(epoch)
+
+    class Otherwise(Exposures):
+        def training_sizes(self, epoch: int) -> np.ndarray:
+            return super().training_sizes(epoch)[::-1]
+
+    prints = [
+        EpochBatches(dataset, batch_size, seed=seed).fingerprint(epoch)
+        for dataset, batch_size, seed, epoch in (
+            (Exposures(), 4, 1, 0),
+            (Larger(), 3, 1, 1),
+            (Otherwise(), 4, 1, 0),
+            (Exposures(), 4, 2, 0),
+            (TensorDataset(torch.arange(34)), 4, 1, 0),
+        )
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
+
+
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 5, "num_replicas": 2, "rank": 2}])
 def test_impossible_arguments_are_errors(arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError):
