@@ -53,6 +53,9 @@ TOLERATED_UNEXPECTED: Final[Mapping[str, str]] = {
 _INERT_PACKAGES: Final = ("pytorch_lightning.callbacks.", "pytorch_lightning.utilities.", "main.")
 _INERT_NAMES: Final = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "_codecs.encode")
 
+_ZIP: Final = b"PK\x03\x04"
+"""What a zip archive begins with."""
+
 _READ_AT_ONCE: Final = 1 << 20
 """Bytes."""
 
@@ -103,11 +106,13 @@ class KeyReport:
     notes: list[str] = field(default_factory=list)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     """Read a checkpoint file, safely.
 
     Args:
         path: a ``.ckpt``/``.pt``/``.pth`` or ``.safetensors`` file.
+        verify: whether to compare every tensor with its checksum first, see :func:`verify_checkpoint`;
+            without it the tensors stay on the disk until they are looked at.
 
     Returns:
         A dictionary with ``state_dict`` (str -> tensor) and, for Lightning files, everything else in them.
@@ -121,7 +126,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise OSError(f"checkpoint '{path}' is a folder; name the .ckpt or .safetensors file inside it")
     if not path.is_file():
         raise OSError(f"checkpoint '{path}' does not exist")
-    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
+    is_safetensors = path.suffix.lower() == ".safetensors"
+    if verify and not is_safetensors:
+        verify_checkpoint(path)
+    content = _read_safetensors(path) if is_safetensors else _read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of weights")
     if not isinstance(content.get("state_dict"), dict):
@@ -156,9 +164,7 @@ def verify_checkpoint(path: str | Path) -> bool:
         ValueError: it is damaged; names the first tensor that is.
     """
     path = Path(path)
-    with path.open("rb"):
-        is_zip = zipfile.is_zipfile(path)  # opened: an OSError from here on is one of reading a damaged file
-    if not is_zip:
+    if not _is_zip(path):
         return False
     record = None
     try:
@@ -229,8 +235,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> Any:
-    with path.open("rb"):
-        is_zip = zipfile.is_zipfile(path)  # opened: an OSError from here on is one of reading a damaged file
+    is_zip = _is_zip(path)
     try:
         return _unpickle(path, is_zip)
     except pickle.UnpicklingError as error:
@@ -262,11 +267,27 @@ def _is_inert(name: str) -> bool:
     return name.startswith(_INERT_PACKAGES) or name in _INERT_NAMES
 
 
+def _is_zip(path: Path) -> bool:
+    """Tell the formats apart by a file's beginning; the list of records at its end must be there too."""
+    with path.open("rb") as file:  # an OSError from here on is one of reading a damaged file
+        head = file.read(len(_ZIP))
+    if head.startswith(pickle.PROTO):
+        return False  # the old format, whose tensors can look like anything
+    try:
+        is_zip = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        is_zip = False
+    if is_zip != (head == _ZIP):
+        raise ValueError(_damaged(path))
+    return is_zip
+
+
 def _damaged(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(512)
     looks_like_text = bool(head) and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head)
-    what = "looks like text: is it a web page or another file?" if looks_like_text else "was it copied whole?"
+    what = "its end is missing or damaged;" if head.startswith(_ZIP) else "was it copied whole?"
+    what = "looks like text: is it a web page or another file?" if looks_like_text else what
     return (
         f"checkpoint '{path}' is damaged or no checkpoint file ({path.stat().st_size:,} bytes; {what}) "
         "Get the .ckpt or .safetensors file again"

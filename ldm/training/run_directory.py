@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path, PureWindowsPath
 from typing import Final
 
+from ldm.training.recovery import newest_valid_checkpoint
+
 STAMP_FORMAT: Final = "%Y-%m-%dT%H-%M-%S"
 LAST_CHECKPOINT: Final = "last.ckpt"
 CURVES: Final = "tensorboard"
@@ -178,11 +180,12 @@ def find_run(resume: str, now: datetime) -> tuple[RunDirectory, Path]:
         now: the time, for this session's file names.
 
     Returns:
-        The run's folder, and the checkpoint: the given one, else ``last.ckpt``, else the newest.
+        The run's folder, and the checkpoint: the given one, else ``last.ckpt``, else the newest that is
+        whole.
 
     Raises:
         OSError: if the path does not exist.
-        ValueError: if it holds no checkpoint, or is a file outside a run folder.
+        ValueError: if it holds no checkpoint, or damaged ones only, or is a file outside a run folder.
     """
     given = Path(resume)
     if not given.exists():
@@ -198,7 +201,13 @@ def find_run(resume: str, now: datetime) -> tuple[RunDirectory, Path]:
     else:
         is_inner = given.resolve().name == "checkpoints" and (given.resolve().parent / "configs").is_dir()
         run = given.resolve().parent if is_inner else given
-        checkpoint = _newest_checkpoint(run, resume)
+        try:
+            checkpoint = newest_valid_checkpoint(run / "checkpoints" / LAST_CHECKPOINT)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"--resume {resume}: {error}; name a run folder under logs/, or start anew with --actual_resume and a"
+                " checkpoint file"
+            ) from error
     return RunDirectory(run, now.strftime(STAMP_FORMAT)), checkpoint
 
 
@@ -215,17 +224,3 @@ def last_part(path: str) -> str:
     if name in ("", ".", ".."):
         name = Path(path).resolve().name
     return re.sub(f"[{re.escape(NOT_IN_FILE_NAMES)}]", "_", name)
-
-
-def _newest_checkpoint(run: Path, resume: str) -> Path:
-    """Choose the checkpoint to continue a run folder from."""
-    last = run / "checkpoints" / LAST_CHECKPOINT
-    if last.is_file():
-        return last
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ValueError(
-            f"--resume {resume}: no checkpoint (*.ckpt) in {run / 'checkpoints'};"
-            " name a run folder under logs/, or start anew with --actual_resume and a checkpoint file"
-        )
-    return found[-1]

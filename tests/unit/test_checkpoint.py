@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import sys
 import types
 
@@ -11,7 +12,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ldm.checkpoint import SCHEDULE_TABLES, load_weights, read_checkpoint, read_weights, without_wrapper_prefixes
+from ldm.checkpoint import (
+    SCHEDULE_TABLES,
+    load_weights,
+    read_checkpoint,
+    read_weights,
+    verify_checkpoint,
+    without_wrapper_prefixes,
+)
 
 
 class Model(nn.Module):
@@ -103,6 +111,61 @@ def test_a_file_that_is_no_checkpoint_says_so(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"w\.ckpt' (is damaged|holds a list)"):
         read_checkpoint(path)
+
+
+def test_a_flipped_bit_is_told_with_the_name_of_its_tensor(tmp_path, other):
+    path = tmp_path / "w.ckpt"
+    moments = torch.rand(50)
+    torch.save({"state_dict": other, "optimizer_states": [{"state": {7: {"exp_avg": moments}}}]}, path)
+    for name, tensor in (("optimizer_states.0.state.7.exp_avg", moments), *other.items()):
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[whole.index(tensor.numpy().tobytes())] ^= 64
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"w\.ckpt' is damaged at tensor {re.escape(name)}: .*older checkpoint"):
+            read_checkpoint(path)
+        path.write_bytes(whole)
+
+
+def test_whichever_byte_is_wrong_the_file_is_refused_or_its_content_is_right(tmp_path, other):
+    path = tmp_path / "w.ckpt"
+    torch.save({"state_dict": other, "global_step": 5}, path)
+    whole = path.read_bytes()
+    refusals = []
+    for place in range(0, len(whole), 11):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            content = read_checkpoint(path)
+        except ValueError as error:
+            refusals.append(str(error))
+        else:
+            assert content["global_step"] == 5
+            assert all(torch.equal(content["state_dict"][key], value) for key, value in other.items())
+    assert len(refusals) > 50
+    assert all("w.ckpt" in line and "\n" not in line for line in refusals)
+
+
+def test_a_file_written_without_checksums_is_read(tmp_path, other):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"state_dict": other}, tmp_path / "w.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert not verify_checkpoint(tmp_path / "w.ckpt")
+    assert read_weights(tmp_path / "w.ckpt").keys() == other.keys()
+
+
+def test_a_file_of_the_old_unzipped_format_is_read(tmp_path, other):
+    torch.save({"state_dict": other}, tmp_path / "w.ckpt", _use_new_zipfile_serialization=False)
+    assert not verify_checkpoint(tmp_path / "w.ckpt")
+    assert read_weights(tmp_path / "w.ckpt").keys() == other.keys()
+
+
+def test_a_file_that_is_cut_short_says_that_its_end_is_missing(tmp_path, other):
+    torch.save({"state_dict": other}, tmp_path / "w.ckpt")
+    (tmp_path / "w.ckpt").write_bytes((tmp_path / "w.ckpt").read_bytes()[:-30])
+    with pytest.raises(ValueError, match="its end is missing"):
+        read_checkpoint(tmp_path / "w.ckpt")
 
 
 def test_numbers_of_numpy_among_the_schedulers_are_read_as_nothing(tmp_path, other):

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm.training.run_directory import RunDirectory, find_run, last_part, new_run_directory
 
@@ -29,7 +30,7 @@ def make_run(path: Path, *checkpoints: str) -> Path:
         (path / folder).mkdir(parents=True)
     for age, name in enumerate(checkpoints):
         file = path / "checkpoints" / name
-        file.write_bytes(b"")
+        torch.save({"state_dict": {"w": torch.zeros(1)}, "optimizer_states": []}, file)
         os.utime(file, (1000 + age, 1000 + age))
     return path
 
