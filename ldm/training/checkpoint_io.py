@@ -156,6 +156,10 @@ class StreamingCheckpointIO(CheckpointIO):
             self.disk.sync_folder(target.parent)
         except BaseException as error:
             self._remove_quietly(partial)
+            # torch cannot end its archive after a failed write, and raises over what made that fail.
+            interruption = _first_cause(error, lambda each: not isinstance(each, Exception))
+            if interruption is not None:
+                raise interruption from None
             # torch reports a failed write as a RuntimeError of its file writer.
             if isinstance(error, (OSError, RuntimeError, ValueError)):
                 raise CheckpointWriteError(self._describe_failure(error, needed, target)) from error
@@ -163,11 +167,11 @@ class StreamingCheckpointIO(CheckpointIO):
 
     def _describe_failure(self, error: BaseException, needed: int, target: Path) -> str:
         """Say in one line what failed and what to do."""
-        cause = _system_error(error)
-        number = cause.errno if cause is not None else None
+        cause = _first_cause(error, _is_systems)
+        number, words = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (None, None)
         if number in FULL:
             return self._describe_full_disk(needed, target)
-        reason = (cause.strerror if cause is not None else None) or " ".join(str(cause or error).split())
+        reason = words or " ".join(str(error).split())
         if number in FORBIDDEN:
             remedy = f"make {target.parent} writable for this user"
         elif isinstance(error, ValueError):
@@ -250,12 +254,17 @@ def format_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _system_error(error: BaseException) -> OSError | None:
-    """Find what the system said among an exception and those that led to it."""
+def _first_cause(error: BaseException, is_meant: Callable[[BaseException], bool]) -> BaseException | None:
+    """Find a certain exception among one and those that led to it."""
     seen: BaseException | None = error
-    while seen is not None and not (isinstance(seen, OSError) and seen.errno is not None):
+    while seen is not None and not is_meant(seen):
         seen = seen.__cause__ or seen.__context__
     return seen
+
+
+def _is_systems(error: BaseException) -> bool:
+    """Tell whether an exception says what the operating system said."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def _gather_storages(content: Any, storages: dict[int, int]) -> None:

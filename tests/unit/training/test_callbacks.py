@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ldm.training.callbacks import model_checkpoint_params
-from ldm.training.checkpoint_io import StreamingCheckpointIO
+from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO
+from ldm.training.disk import Disk
 from tests.unit.training.toy import ToyDiffusion
 from tests.unit.training.toy_run import ToyRun, prepare_toy_run, toy_run
 
@@ -181,6 +182,24 @@ def test_a_disk_that_is_full_ends_the_run_with_the_files_name(
     monkeypatch.setattr(torch, "save", fill_the_disk)
     with pytest.raises(OSError, match=r"epoch=00-step=00006\.ckpt"):
         run.trainer.fit(run.model, datamodule=data)
+
+
+def test_a_disk_that_fills_up_during_the_run_stops_it_and_says_which_checkpoints_could_go(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class FillsUp(Disk):
+        def free(self, folder: Path) -> int:
+            return 0 if (folder / "epoch=01-step=00012.ckpt").exists() else super().free(folder)
+
+    run, data = prepare_toy_run(tmp_path, pictures, max_epochs=3)
+    checkpoint_io = run.trainer.strategy.checkpoint_io
+    assert isinstance(checkpoint_io, StreamingCheckpointIO)
+    checkpoint_io.disk = FillsUp()
+    with pytest.raises(CheckpointWriteError, match=r"epoch=02-step=00018\.ckpt needs .*\(epoch=00-step=00006\.ckpt \("):
+        run.trainer.fit(run.model, datamodule=data)
+    assert names(run) == [*EPOCHS, "last.ckpt"]
+    assert step_of(run.last) == 12
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_checkpoint_holds_step_weights_and_optimiser_and_loads_safely(pictures: Path, tmp_path: Path) -> None:

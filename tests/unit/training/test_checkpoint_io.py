@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 import torch
 
-from ldm.checkpoint import verify_checkpoint
+from ldm.checkpoint import read_checkpoint, verify_checkpoint
 from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO, file_size, remove_leftovers
 from ldm.training.disk import Disk
+from tests.unit.training.faulty_disk import FaultyDisk
 
 CHECKPOINT = {"state_dict": {"w": torch.arange(4.0)}, "global_step": 7, "loops": {"fit_loop": {"epoch": 1}}}
 
@@ -72,23 +76,6 @@ def test_a_written_checkpoint_comes_back(tmp_path: Path) -> None:
 def test_writing_leaves_one_file(tmp_path: Path) -> None:
     StreamingCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "a.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
-
-
-def test_a_failed_write_names_the_file_and_keeps_the_previous_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.ckpt"
-    path.write_bytes(b"previous")
-
-    def fill_the_disk(checkpoint: object, stream: object) -> None:
-        stream.write(b"half")  # type: ignore[attr-defined]
-        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-
-    monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match=r"a\.ckpt.*file write failed"):
-        StreamingCheckpointIO().save_checkpoint(CHECKPOINT, path)
-    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
-    assert path.read_bytes() == b"previous"
 
 
 def test_a_second_name_takes_no_room_and_keeps_its_content(tmp_path: Path) -> None:
@@ -200,3 +187,81 @@ def test_writing_takes_little_memory_beside_the_checkpoint(tmp_path: Path) -> No
     before = peak_memory()
     StreamingCheckpointIO().save_checkpoint(checkpoint, tmp_path / "a.ckpt")
     assert peak_memory() - before < 0.1 * 64 * 2**20
+
+
+# --- faults at every step ----------------------------------------------------------------------------------
+
+OLDER = {**CHECKPOINT, "global_step": 6}
+FAULTS = {
+    "full": {"fault": errno.ENOSPC, "stays": True},
+    "full half-way through a write": {"fault": errno.ENOSPC, "partial": True, "stays": True},
+    "full for a moment": {"fault": errno.ENOSPC},
+    "broken": {"fault": errno.EIO, "stays": True},
+    "broken for a moment": {"fault": errno.EIO, "partial": True},
+    "forbidden": {"fault": errno.EACCES},
+}
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EIO: "Input/output error; check the disk that",
+    errno.EACCES: "writable for this user",
+}
+
+
+def each_fault(
+    folder: Path, act: Callable[[StreamingCheckpointIO], None], **options: object
+) -> Iterator[tuple[BaseException | None, Path]]:
+    """Do something once for each moment at which the disk can fail; gives what came of it."""
+    last = folder / "last.ckpt"
+    for at in itertools.count():
+        last.unlink(missing_ok=True)
+        StreamingCheckpointIO().save_checkpoint(OLDER, last)
+        disk = FaultyDisk(at, **options)  # type: ignore[arg-type]
+        raised: BaseException | None = None
+        try:
+            act(StreamingCheckpointIO(disk=disk))
+        except BaseException as error:  # noqa: BLE001 - which one it is is looked at below
+            raised = error
+        if not disk.has_failed:
+            assert raised is None
+            assert at > 3
+            return
+        yield raised, last
+
+
+@pytest.mark.parametrize("options", FAULTS.values(), ids=FAULTS.keys())
+def test_whenever_the_disk_fails_the_last_good_checkpoint_is_whole(tmp_path: Path, options: dict[str, object]) -> None:
+    def save(checkpoint_io: StreamingCheckpointIO) -> None:
+        checkpoint_io.save_checkpoint(CHECKPOINT, tmp_path / "last.ckpt")
+
+    for raised, last in each_fault(tmp_path, save, **options):
+        assert isinstance(raised, CheckpointWriteError)
+        line = str(raised)
+        assert "\n" not in line
+        assert str(last) in line
+        assert REMEDIES[options["fault"]] in line  # type: ignore[index]
+        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+        assert read_checkpoint(last)["global_step"] in (6, 7)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_whenever_the_disk_fails_a_second_name_has_its_old_content_or_the_new(tmp_path: Path, links: bool) -> None:
+    source = tmp_path / "epoch=00.ckpt"
+    StreamingCheckpointIO().save_checkpoint(CHECKPOINT, source)
+
+    def duplicate(checkpoint_io: StreamingCheckpointIO) -> None:
+        checkpoint_io.duplicate(source, tmp_path / "last.ckpt")
+
+    for raised, last in each_fault(tmp_path, duplicate, fault=errno.EIO, links=links):
+        assert raised is None or isinstance(raised, CheckpointWriteError)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=00.ckpt", "last.ckpt"]
+        assert read_checkpoint(last)["global_step"] in ((7,) if raised is None else (6, 7))
+
+
+def test_whenever_it_is_interrupted_the_interruption_comes_through_and_nothing_is_left(tmp_path: Path) -> None:
+    def save(checkpoint_io: StreamingCheckpointIO) -> None:
+        checkpoint_io.save_checkpoint(CHECKPOINT, tmp_path / "last.ckpt")
+
+    for raised, last in each_fault(tmp_path, save, fault=KeyboardInterrupt()):
+        assert isinstance(raised, KeyboardInterrupt)
+        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+        assert read_checkpoint(last)["global_step"] in (6, 7)
