@@ -63,6 +63,7 @@ class Options:
         base: YAML files, merged from left to right.
         train: whether to train.
         resume: run folder, or checkpoint in one, to continue.
+        accept_changes: whether to continue a run although its data or settings have changed.
         name: the run's name, a part of its folder's name.
         project: folder of the project; a part of the lineage's command line.
         debug: whether to open a debugger on an error.
@@ -85,6 +86,7 @@ class Options:
     base: list[str] = field(default_factory=list)
     train: bool = False
     resume: str | None = None
+    accept_changes: bool = False
     name: str | None = None
     project: str | None = None
     debug: bool = False
@@ -163,6 +165,11 @@ def _check_together(fields: dict[str, Any], problems: list[str]) -> None:
         problems.append(
             "--actual_resume and -r/--resume exclude each other: -r continues a run from its own checkpoint, "
             "--actual_resume starts a new run; leave out one"
+        )
+    if fields.get("accept_changes") and not fields.get("resume"):
+        problems.append(
+            "--accept_changes belongs to -r/--resume: it continues a run although its data or settings have changed; "
+            "leave it out"
         )
     if not fields.get("base") and not fields.get("resume"):
         problems.append(
@@ -369,6 +376,11 @@ def _build_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
         type=path,
         metavar="RUN",
         help="continue a run: its folder, or a checkpoint in it; needs no --base",
+    )
+    add_boolean(
+        what,
+        "--accept_changes",
+        help="with -r: go on although data or settings have changed in a way that changes the run",
     )
     add(
         what,

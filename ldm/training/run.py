@@ -33,6 +33,7 @@ from ldm.training.latent_caching import refuse_uncacheable
 from ldm.training.learning_rate import scaled_learning_rate
 from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
+from ldm.training.run_changes import Changes, find_changes, question
 from ldm.training.run_directory import RunDirectory, find_run, new_run_directory
 from ldm.training.run_record import RunRecord
 from ldm.training.stop_signals import Interrupted, StopSignals
@@ -128,7 +129,7 @@ def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
 
     trainer = _build_trainer(run)
     data = _build_data(run)
-    record = _build_record(run, trainer, data, words)
+    record = _build_record(run, trainer, data, words, options.accept_changes)
     model, origin = _build_model(run)
     refuse_uncacheable(model, data.datasets)
     rates = _set_learning_rates(run, trainer, model)
@@ -220,10 +221,22 @@ def _build_data(run: Run) -> Any:
     return data
 
 
-def _build_record(run: Run, trainer: pl.Trainer, data: Any, words: Sequence[str]) -> RunRecord:
-    """Gather what the run's record states from the beginning; the first process alone writes it."""
+def _build_record(run: Run, trainer: pl.Trainer, data: Any, words: Sequence[str], accept: bool) -> RunRecord:
+    """Gather what the run's record states from the beginning; the first process alone writes it.
+
+    A run whose data or settings have changed so that it would become another one is refused unless that is accepted.
+    """
     described = describe_data(data.datasets if trainer.is_global_zero else {})
-    return RunRecord(run.config, described, words)
+    changes = Changes()
+    if run.checkpoint is not None and trainer.is_global_zero:
+        changes = find_changes(run.directory.path, run.checkpoint, run.config, described, trainer.world_size)
+    if changes.breaking and not accept:
+        raise ValueError(question(changes, f"python main.py {' '.join(map(command_word, words))} --accept_changes"))
+    for line in changes.breaking:
+        logger.warning("changed since the checkpoint was saved, and accepted: %s", line)
+    if changes.harmless:
+        logger.info("changed since the checkpoint was saved: %s", "; ".join(changes.harmless))
+    return RunRecord(run.config, described, words, changes.lines)
 
 
 def _read_weights(run: Run) -> tuple[dict[str, Tensor] | None, str]:

@@ -202,3 +202,9 @@ def test_help_shows_the_everyday_command_and_every_flag(capsys: pytest.CaptureFi
     ):
         assert flag in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_changes_are_accepted_with_a_resume_alone() -> None:
+    assert parse_options(["-t", "-r", "logs/run", "--accept_changes"]).accept_changes
+    with pytest.raises(ValueError, match="--accept_changes belongs to -r"):
+        parse_options(["-t", "-b", "a.yaml", "--accept_changes"])

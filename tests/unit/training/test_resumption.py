@@ -56,7 +56,7 @@ def first_run(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, *
 
 
 def resume(folder: Path, *words: str) -> int:
-    return main(["-t", "-r", str(folder), "--max_epochs", "2", *words])
+    return main(["-t", "-r", str(folder), "--accept_changes", "--max_epochs", "2", *words])
 
 
 def last(folder: Path) -> dict:
@@ -110,7 +110,7 @@ def test_a_rate_that_is_scaled_by_more_accumulation_is_taken(folder: Path) -> No
 
 def test_an_unchanged_learning_rate_is_not_mentioned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resume(folder) == 0
-    assert " -> " not in capsys.readouterr().out
+    assert "learning rate 0" not in capsys.readouterr().out
 
 
 # --- what a refused resume leaves alone --------------------------------------------------------------------
@@ -187,6 +187,15 @@ def test_the_steps_to_come_count_the_rest_of_an_epoch(
     assert "\ngoing on in epoch 1 after batch 4/6\n" in text
     assert "\nfrom step 2: 4 optimiser steps to come\n" in text
     assert last(folder)["global_step"] == 6
+
+
+def test_the_steps_to_come_are_right_where_an_epoch_goes_on_with_another_batch_size(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = first_run(tmp_path, pictures, monkeypatch, "--max_steps", "2")
+    assert resume(folder, "--max_steps", "-1", "data.params.batch_size=1") == 0
+    assert "\nfrom step 2: 20 optimiser steps to come\n" in capsys.readouterr().out
+    assert last(folder)["global_step"] == 22
 
 
 def test_one_step_to_come_is_no_plural(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

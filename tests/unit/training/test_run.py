@@ -118,7 +118,7 @@ def test_a_fault_in_training_returns_1_with_its_own_traceback_last(
 def test_a_fault_in_training_leaves_a_checkpoint_to_continue_from(command: list[str]) -> None:
     assert main([*command, target("BreaksLate")]) == 1
     folder = run_folder()
-    assert main(["-t", "-r", str(folder), target("ToyDiffusion")]) == 0
+    assert main(["-t", "-r", str(folder), "--accept_changes", target("ToyDiffusion")]) == 0
     last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 6
 
