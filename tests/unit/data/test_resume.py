@@ -278,3 +278,48 @@ def test_a_limit_on_batches_is_an_epoch_of_its_own_length(fit: Fit, tmp_path: Pa
     resumed = fit(checkpoint=path, limit_train_batches=3, max_steps=99000)
     assert resumed == unbroken[-len(resumed) :]
     assert sum(event[0] == "train" for event in resumed) == 3
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [(2, 1, 3), (3, 1, 4), (1, 1, 6), (4, 1, None)],
+        [(2, 1, 3), (2, 1, 5), (3, 1, None)],
+        [(2, 1, 4), (3, 3, 5), (2, 3, None)],
+        [(3, 2, 2), (1, 3, 5), (5, 2, None)],
+    ],
+)
+def test_an_epoch_resumed_several_times_shows_each_exposure_once(
+    fit: Fit, tmp_path: Path, chain: list[tuple[int, int, int | None]]
+) -> None:
+    """Each link: batch size, batches to an optimiser step, and the batch of the epoch after which it ends."""
+    checkpoint: Path | None = None
+    taken_in: list[list[int]] = []
+    for number, (batch_size, accumulate, stop) in enumerate(chain):
+        path = tmp_path / f"{number}.ckpt"
+        callbacks = [] if stop is None else [SaveAt(path, "batch end", 0, stop)]
+        events = fit(
+            *callbacks, checkpoint=checkpoint, batch_size=batch_size, accumulate_grad_batches=accumulate, max_epochs=1
+        )
+        trained = [event for event in events if event[0] == "train"]
+        # What the checkpoint does not hold comes again: batches after it, and of an unfinished optimiser step.
+        first = trained[0][2]
+        kept = len(trained) if stop is None else max(first, (stop + 1) // accumulate * accumulate) - first
+        taken_in += exposures(trained[:kept])
+        checkpoint = path
+    rows = [tuple(row) for row in taken_in]
+    assert len(rows) == len(set(rows)) == PICTURES * REPEATS
+
+
+@pytest.mark.parametrize("rule", [{"check_val_every_n_epoch": 2}, {"check_val_every_n_epoch": None}])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_resumed_run_validates_by_the_trainers_rule(
+    fit: Fit, tmp_path: Path, rule: dict[str, int | None], epoch: int
+) -> None:
+    path = tmp_path / "saved.ckpt"
+    interval = {"val_check_interval": 12} if rule["check_val_every_n_epoch"] is None else {}
+    for batch in (3, BATCHES - 1):
+        unbroken = fit(SaveAt(path, "batch end", epoch, batch), **rule, **interval)
+        resumed = fit(checkpoint=path, **rule, **interval)
+        assert resumed == unbroken[-len(resumed) :]
+        assert sum(event[0] == "train" for event in resumed) == EPOCHS * BATCHES - epoch * BATCHES - batch - 1
