@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.checkpoint import read_checkpoint
+from ldm.training.summary import limited_batches
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,26 @@ def steps_to_come(trainer: pl.Trainer) -> int | None:
     if trainer.max_epochs not in (None, -1) and math.isfinite(per_epoch):
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         done = batches.processed if trainer.fit_loop.restarting else 0
-        epochs_after = trainer.max_epochs - trainer.current_epoch - 1
-        limits.append(math.ceil((per_epoch - done) / step) + epochs_after * math.ceil(per_epoch / step))
+        after = _batches_of_epochs(trainer, range(trainer.current_epoch + 1, trainer.max_epochs))
+        limits.append(math.ceil((per_epoch - done) / step) + sum(math.ceil(batches / step) for batches in after))
     return max(0, int(min(limits))) if limits else None
+
+
+def _batches_of_epochs(trainer: pl.Trainer, epochs: range) -> list[int]:
+    """Count the batches of epochs to come, which the current one need not tell: it may have begun with another size."""
+    data: Any = getattr(trainer, "datamodule", None)
+    dataset = getattr(data, "datasets", {}).get("train")
+    current: Any = trainer.num_training_batches
+    known = hasattr(data, "steps_per_epoch") and getattr(dataset, "known_ahead", True)
+    if not known or trainer.overfit_batches:  # type: ignore[attr-defined]
+        return [int(current)] * len(epochs)
+
+    def batches(epoch: int) -> int:
+        return limited_batches(data.steps_per_epoch("train", epoch=epoch), trainer.limit_train_batches)
+
+    if getattr(dataset, "epochs_differ", False):
+        return [batches(epoch) for epoch in epochs]
+    return [batches(epochs.start)] * len(epochs) if epochs else []
 
 
 def warn_of_going_back(checkpoint: Path, last: Path) -> None:
