@@ -21,6 +21,7 @@ from pytorch_lightning import Trainer
 from ldm.training.annotations import accepts_boolean, describe, parse_boolean, parse_text
 from ldm.training.config_tree import nearest, usable_path
 from ldm.training.legacy_2022 import FLAG_WORDS, TRAINER_WORDS, Word
+from ldm.training.run_directory import NEWEST_RUN
 from ldm.training.targets import Parameter, accepted_parameters
 
 EXAMPLE: Final = (
@@ -62,7 +63,7 @@ class Options:
     Attributes:
         base: YAML files, merged from left to right.
         train: whether to train.
-        resume: run folder, or checkpoint in one, to continue.
+        resume: run folder, or checkpoint in one, to continue; ``last`` or ``auto``: the newest one in ``logdir``.
         accept_changes: whether to continue a run although its data or settings have changed.
         name: the run's name, a part of its folder's name.
         project: folder of the project; a part of the lineage's command line.
@@ -156,7 +157,8 @@ def _check_together(fields: dict[str, Any], problems: list[str]) -> None:
             "leave out -n, or start a new run from the weights with --actual_resume"
         )
     for flag in ("logdir", "postfix", "datadir_in_name"):
-        if flag in fields and fields.get("resume"):
+        names_place_of_newest = flag == "logdir" and fields.get("resume") in NEWEST_RUN
+        if flag in fields and fields.get("resume") and not names_place_of_newest:
             problems.append(
                 f"{NAMING_FLAGS[flag]} and -r/--resume exclude each other: a resumed run stays in its folder; leave "
                 f"out {NAMING_FLAGS[flag].partition('/')[0]}"
@@ -375,7 +377,7 @@ def _build_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
         "--resume",
         type=path,
         metavar="RUN",
-        help="continue a run: its folder, or a checkpoint in it; needs no --base",
+        help="continue a run: its folder, a checkpoint in it, or last: the newest in the log folder; needs no --base",
     )
     add_boolean(
         what,

@@ -320,8 +320,6 @@ def _choose_device(config: ConfigTree, notices: list[str]) -> None:
 
 def _run_hint(path: Path) -> str:
     """Propose the run folder that a missing one may have meant."""
-    if path.name in ("last", "auto"):
-        return "; finding the newest run by itself comes with a later version: name the run folder"
     parent = path.parent if path.parent.is_dir() else Path("logs")
     names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
     match = nearest(path.name, names)

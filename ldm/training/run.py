@@ -34,8 +34,8 @@ from ldm.training.learning_rate import scaled_learning_rate
 from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
 from ldm.training.run_changes import Changes, find_changes, question
-from ldm.training.run_directory import RunDirectory, find_run, new_run_directory
-from ldm.training.run_record import RunRecord
+from ldm.training.run_directory import NEWEST_RUN, RunDirectory, find_run, new_run_directory, newest_run
+from ldm.training.run_record import RunRecord, refuse_running
 from ldm.training.stop_signals import Interrupted, StopSignals
 from ldm.training.summary import (
     RunSummary,
@@ -116,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
     """Go through a run from its configuration to its end."""
+    if options.resume in NEWEST_RUN:
+        options = replace(options, resume=str(newest_run(Path(options.logdir))))
+        logger.info("the newest run: %s", options.resume)
     run_config = load_run_config(options)
     if options.print_config:
         logger.info("%s", format_config(run_config))
@@ -229,6 +232,7 @@ def _build_record(run: Run, trainer: pl.Trainer, data: Any, words: Sequence[str]
     described = describe_data(data.datasets if trainer.is_global_zero else {})
     changes = Changes()
     if run.checkpoint is not None and trainer.is_global_zero:
+        refuse_running(run.directory.path)
         changes = find_changes(run.directory.path, run.checkpoint, run.config, described, trainer.world_size)
     if changes.breaking and not accept:
         raise ValueError(question(changes, f"python main.py {' '.join(map(command_word, words))} --accept_changes"))

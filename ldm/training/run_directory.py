@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -13,11 +14,15 @@ from typing import Final
 
 from ldm.training.recovery import newest_valid_checkpoint
 
+logger = logging.getLogger(__name__)
+
 STAMP_FORMAT: Final = "%Y-%m-%dT%H-%M-%S"
 LAST_CHECKPOINT: Final = "last.ckpt"
 CURVES: Final = "tensorboard"
 LONGEST_NAME: Final = 240
 """Bytes that a folder's name may have; the file systems' 255, less room for ``-2``."""
+NEWEST_RUN: Final = ("last", "auto")
+"""What ``--resume`` may say instead of a run."""
 NOT_IN_FILE_NAMES: Final = '<>:"/\\|?*'
 
 
@@ -209,6 +214,55 @@ def find_run(resume: str, now: datetime) -> tuple[RunDirectory, Path]:
                 " checkpoint file"
             ) from error
     return RunDirectory(run, now.strftime(STAMP_FORMAT)), checkpoint
+
+
+def list_runs(logdir: Path) -> list[Path]:
+    """List the run folders in a log folder.
+
+    Args:
+        logdir: the log folder.
+
+    Returns:
+        Every folder in it that holds a run's configurations or checkpoints, the one that was last at work first.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    if not logdir.is_dir():
+        raise FileNotFoundError(f"the log folder {logdir} does not exist; name it with -l/--logdir")
+    runs = [path for path in logdir.iterdir() if (path / "configs").is_dir() or (path / "checkpoints").is_dir()]
+    return sorted(runs, key=lambda run: (_last_at_work(run), run.name), reverse=True)
+
+
+def newest_run(logdir: Path) -> Path:
+    """Find the run that was last at work, among those that can be continued.
+
+    Args:
+        logdir: the log folder.
+
+    Returns:
+        Its folder. Newer ones without a checkpoint are named in the log.
+
+    Raises:
+        OSError: there is no such folder.
+        ValueError: no run in it has a checkpoint.
+    """
+    runs = list_runs(logdir)
+    for run in runs:
+        if any((run / "checkpoints").glob("*.ckpt")) and any((run / "configs").glob("*-project.yaml")):
+            return run
+        logger.warning("%s is passed over: it has no checkpoint to continue from", run)
+    found = f"none of {len(runs)} runs has a checkpoint" if runs else "it holds no run"
+    raise ValueError(
+        f"--resume {NEWEST_RUN[0]}: nothing to continue in the log folder {logdir}: {found}; name a run folder, or"
+        " the log folder with -l/--logdir"
+    )
+
+
+def _last_at_work(run: Path) -> float:
+    """When a run last wrote a checkpoint, its record, its ledger or a configuration, in seconds."""
+    files = [*run.glob("checkpoints/*.ckpt"), *run.glob("configs/*.yaml"), *run.glob("*.json"), *run.glob("*.jsonl")]
+    return max((file.stat().st_mtime for file in [run, *files] if file.exists()), default=0.0)
 
 
 def last_part(path: str) -> str:

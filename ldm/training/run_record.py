@@ -262,6 +262,28 @@ def is_alive(session: Mapping[str, Any]) -> bool | None:
     return bool(process.get("mark") == process_mark(process["id"]))
 
 
+def refuse_running(run: Path) -> None:
+    """Keep two processes from training one run.
+
+    Args:
+        run: the folder of a run that is to be continued.
+
+    Raises:
+        ValueError: another process of this machine is at it.
+    """
+    try:
+        record = read_record(run)
+    except ValueError:
+        return  # told where it is to be compared
+    if record is None:
+        return
+    session = record["sessions"][-1]
+    if session["state"] != RUNNING or session["process"]["id"] == os.getpid() or not is_alive(session):
+        return
+    number = session["process"]["id"]
+    raise ValueError(f"--resume {run}: process {number} is still training this run; wait for its end, or end it first")
+
+
 def process_mark(number: int) -> str | None:
     """Give what tells a process from a later one of the same number.
 

@@ -208,3 +208,9 @@ def test_changes_are_accepted_with_a_resume_alone() -> None:
     assert parse_options(["-t", "-r", "logs/run", "--accept_changes"]).accept_changes
     with pytest.raises(ValueError, match="--accept_changes belongs to -r"):
         parse_options(["-t", "-b", "a.yaml", "--accept_changes"])
+
+
+def test_the_newest_run_is_looked_for_in_the_log_folder_that_is_given() -> None:
+    assert parse_options(["-t", "-r", "last", "-l", "runs"]).logdir == "runs"
+    with pytest.raises(ValueError, match="--logdir"):
+        parse_options(["-t", "-r", "logs/run", "-l", "runs"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.training.run_directory import RunDirectory, find_run, last_part, new_run_directory
+from ldm.training.run_directory import RunDirectory, find_run, last_part, list_runs, new_run_directory, newest_run
 
 NOW = datetime(2022, 10, 25, 20, 37, 40)
 
@@ -144,3 +144,34 @@ def test_a_checkpoint_outside_a_run_is_pointed_to_actual_resume(tmp_path: Path) 
 def test_a_missing_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--resume"):
         find_run(str(tmp_path / "gone"), NOW)
+
+
+def at_work(run: Path, when: int) -> Path:
+    for path in [run, *run.rglob("*")]:
+        os.utime(path, (when, when))
+    return run
+
+
+def test_the_run_that_was_last_at_work_comes_first(tmp_path: Path) -> None:
+    older, newer = (at_work(make_run(tmp_path / name, "last.ckpt"), when) for name, when in (("b", 1), ("a", 2)))
+    (tmp_path / "no run").mkdir()
+    assert list_runs(tmp_path) == [newer, older]
+
+
+def test_the_newest_run_with_a_checkpoint_is_found_and_others_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, empty = make_run(tmp_path / "b", "last.ckpt"), make_run(tmp_path / "a")
+    (older / "configs" / "2026-project.yaml").write_text("")
+    at_work(older, 1)
+    at_work(empty, 2)
+    assert newest_run(tmp_path) == older
+    assert caplog.messages == [f"{empty} is passed over: it has no checkpoint to continue from"]
+
+
+def test_without_a_run_to_continue_the_log_folder_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    with pytest.raises(ValueError, match="none of 1 runs has a checkpoint"):
+        newest_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="--logdir"):
+        newest_run(tmp_path / "gone")

@@ -116,7 +116,7 @@ def test_a_limit_of_steps_or_of_time_is_named(command: list[str]) -> None:
     assert main([*command, "--max_steps", "2"]) == 0
     assert record()["reason"] == "max_steps 2"
     limits = ["--max_steps=-1", "--max_epochs", "99", "--max_time", "00:00:00:01", here("Slow")]
-    assert main(["-t", "-r", str(folder()), *limits]) == 0
+    assert main(["-t", "-r", str(folder()), "--accept_changes", *limits]) == 0
     assert record()["reason"] == "max_time"
 
 
@@ -236,3 +236,26 @@ def test_the_folder_is_named_as_the_checkpoints_place_even_when_given_otherwise(
     checkpoint = folder().resolve() / "checkpoints" / "last.ckpt"
     assert main(["-t", "-r", str(checkpoint), "--max_epochs", "2"]) == 0
     assert record()["sessions"][1]["continued_from"] == "checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize("word", ["last", "auto"])
+def test_the_newest_run_is_continued_by_a_word(word: str, command: list[str], capsys: Any) -> None:
+    assert main([*command, "-l", "runs"]) == 0
+    (run,) = Path("runs").iterdir()
+    assert main(["-t", "-r", word, "-l", "runs", "--max_epochs", "2"]) == 0
+    assert f"the newest run: {run}\n" in capsys.readouterr().out
+    found = read_record(run)
+    assert found is not None
+    assert found["step"] == 12
+
+
+def test_a_run_that_another_process_is_training_is_left_to_it(command: list[str], capsys: Any) -> None:
+    assert main(command) == 0
+    found = record()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        owner = {**found["sessions"][0]["process"], "id": process.pid, "mark": process_mark(process.pid)}
+        found["sessions"][0] |= {"state": "running", "process": owner}
+        write_record(folder(), found)
+        assert main(["-t", "-r", str(folder()), "--max_epochs", "2"]) == 2
+    assert f"process {process.pid} is still training this run" in capsys.readouterr().err
+    assert main(["-t", "-r", str(folder()), "--max_epochs", "2"]) == 0
