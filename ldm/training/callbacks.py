@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TOP_K: Final = 3
 DEFAULT_FILENAME: Final = "{epoch:02d}-{step:05d}"
+NEWEST_PREFIX: Final = "newest-"
+"""What the names of the newest checkpoints begin with where a metric chooses others beside them."""
+
+TIME_SPAN: Final = re.compile(r"\d+(:\d+){3}")
 NEWEST: Final = {"monitor": "step", "mode": "max"}
 """What makes Lightning's ``ModelCheckpoint`` keep the newest files."""
 
@@ -39,10 +45,10 @@ def model_checkpoint_params(
     Returns:
         Keyword arguments. ``last.ckpt`` is :class:`LastCheckpoint`'s, so ``save_last`` is always off.
     """
+    keep_last_n = given.get("keep_last_n", 0)
     params: dict[str, Any] = {
         "dirpath": str(folder),
         "filename": DEFAULT_FILENAME,
-        "save_top_k": DEFAULT_TOP_K,
         # Also in epochs without validation, and where validation runs several times an epoch.
         "save_on_train_epoch_end": True,
         **given,
@@ -55,10 +61,75 @@ def model_checkpoint_params(
         else:
             # Between validations there is nothing to judge by: keep the newest.
             params.update(NEWEST)
+    if params["monitor"] == NEWEST["monitor"] and keep_last_n:
+        top_k = params.get("save_top_k", 0)
+        params.update(save_top_k=top_k if top_k == -1 else max(top_k, keep_last_n), keep_last_n=0)
+    params.setdefault("save_top_k", DEFAULT_TOP_K)
     return params
 
 
-class MeasuredCheckpoint(ModelCheckpoint):
+def time_span(text: str) -> timedelta:
+    """Read a span of time.
+
+    Args:
+        text: days, hours, minutes and seconds, such as ``00:02:00:00``.
+
+    Returns:
+        The span.
+
+    Raises:
+        ValueError: the text is no such thing.
+    """
+    if not TIME_SPAN.fullmatch(text):
+        raise ValueError(f"{text!r} is no time span; write days:hours:minutes:seconds: 00:02:00:00")
+    days, hours, minutes, seconds = map(int, text.split(":"))
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint`` at complete optimiser steps, and with what YAML cannot say to that one.
+
+    Args:
+        keep_last_n: how many of the newest checkpoints to keep beside the best; 0: only the best.
+        verify: whether each file is read back before an older one may go.
+        train_time_interval: the time between two checkpoints, as days:hours:minutes:seconds.
+        params: Lightning's own.
+    """
+
+    def __init__(
+        self, keep_last_n: int = 0, verify: bool = True, train_time_interval: str | None = None, **params: Any
+    ) -> None:
+        interval = None if train_time_interval is None else time_span(train_time_interval)
+        super().__init__(train_time_interval=interval, **params)
+        self.keep_last_n = keep_last_n
+        self.verify = verify
+        self._seen_step = 0
+
+    @property
+    def state_key(self) -> str:
+        """What this one's state is called inside a checkpoint: as Lightning's own, which older files hold."""
+        return super().state_key.replace("RunCheckpoint", "ModelCheckpoint", 1)
+
+    @property
+    def saved_step(self) -> int:
+        """The optimiser step of the newest file."""
+        return self._last_global_step_saved
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start counting."""
+        super().on_train_start(trainer, pl_module)
+        self._seen_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time to, but not while gradients wait for others: no file holds those."""
+        if trainer.global_step != self._seen_step:
+            self._seen_step = trainer.global_step
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+class MeasuredCheckpoint(RunCheckpoint):
     """Keeps the best epochs among those whose metric has just been measured.
 
     Lightning would judge an epoch without a validation by the figure of an earlier one, or drop it.
@@ -101,7 +172,7 @@ class MeasuredCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
 
-class UnmeasuredCheckpoint(ModelCheckpoint):
+class UnmeasuredCheckpoint(RunCheckpoint):
     """Keeps the newest of the epochs that :class:`MeasuredCheckpoint` cannot judge.
 
     Args:
@@ -119,20 +190,76 @@ class UnmeasuredCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
 
-def epoch_checkpoints(params: dict[str, Any]) -> list[ModelCheckpoint]:
+class NewestCheckpoints(RunCheckpoint):
+    """Keeps the newest checkpoints beside the best, as second names of those where they are the same.
+
+    Args:
+        checkpoint_io: what writes the run's checkpoints.
+        params: as for the best, but for the metric; ``keep_last_n`` says how many.
+    """
+
+    def __init__(self, checkpoint_io: StreamingCheckpointIO, **params: Any) -> None:
+        own = {"save_top_k": params["keep_last_n"], "filename": NEWEST_PREFIX + params["filename"]}
+        super().__init__(**{**params, **NEWEST, **own})
+        self.checkpoint_io = checkpoint_io
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Write a file, or give the one that has just been written another name."""
+        if self.save_weights_only or not give_second_name(trainer, self.checkpoint_io, Path(filepath)):
+            super()._save_checkpoint(trainer, filepath)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+
+
+def epoch_checkpoints(params: dict[str, Any], checkpoint_io: StreamingCheckpointIO) -> list[RunCheckpoint]:
     """Build what keeps the regular checkpoints.
 
     Args:
         params: from :func:`model_checkpoint_params`.
+        checkpoint_io: what writes the run's checkpoints.
 
     Returns:
-        One callback; two where a metric decides, which some epochs may lack.
+        One callback; two where a metric decides, which some epochs may lack; one more for the newest.
     """
     by_steps = bool(params.get("every_n_train_steps") or params.get("train_time_interval"))
     if by_steps or params["monitor"] in ("step", "epoch"):
-        return [ModelCheckpoint(**params)]
-    measured = MeasuredCheckpoint(**params)
-    return [measured, UnmeasuredCheckpoint(measured, **params)]
+        regular: list[RunCheckpoint] = [RunCheckpoint(**params)]
+    else:
+        measured = MeasuredCheckpoint(**params)
+        regular = [measured, UnmeasuredCheckpoint(measured, **params)]
+    if params.get("keep_last_n"):
+        regular.append(NewestCheckpoints(checkpoint_io, **params))
+    return regular
+
+
+def give_second_name(trainer: pl.Trainer, checkpoint_io: StreamingCheckpointIO, path: Path) -> bool:
+    """Give the newest checkpoint file another name, if it holds what the trainer would save now.
+
+    Args:
+        trainer: the trainer, between two optimiser steps.
+        checkpoint_io: what writes the run's checkpoints.
+        path: the name.
+
+    Returns:
+        Whether it did.
+
+    Raises:
+        OSError: if it should have, and could not.
+    """
+    source = checkpoint_io.newest_path
+    is_written = (
+        source is not None
+        and source != path
+        and source.exists()
+        and checkpoint_io.newest_can_be_continued
+        and checkpoint_io.newest_loops == trainer.fit_loop.state_dict()
+    )
+    is_written = trainer.strategy.broadcast(is_written)  # only the first process writes, and knows what it wrote
+    if is_written:
+        if trainer.is_global_zero and source is not None:
+            checkpoint_io.duplicate(source, path)
+        trainer.strategy.barrier(path.name)
+    return is_written
 
 
 class LastCheckpoint(Checkpoint):
@@ -148,6 +275,7 @@ class LastCheckpoint(Checkpoint):
         signals: the run's stop signals.
         every_n_epochs: as for the regular checkpoints; 0: not by epochs.
         every_n_train_steps: as for the regular checkpoints, in optimiser steps; 0: not by steps.
+        follows: regular checkpoints whose times are not known beforehand.
     """
 
     def __init__(
@@ -157,12 +285,14 @@ class LastCheckpoint(Checkpoint):
         signals: StopSignals,
         every_n_epochs: int = 1,
         every_n_train_steps: int = 0,
+        follows: Sequence[RunCheckpoint] = (),
     ) -> None:
         self.path = path
         self.checkpoint_io = checkpoint_io
         self.signals = signals
         self.every_n_epochs = every_n_epochs
         self.every_n_train_steps = every_n_train_steps
+        self.follows = follows
         self._saved: tuple[int, int, int] | None = None
         self._first_step: int | None = None
         self._seen_step = 0
@@ -180,7 +310,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._seen_step:
             return  # a batch whose gradient waits for others
         self._seen_step = trainer.global_step
-        if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
+        by_steps = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
+        if by_steps or any(regular.saved_step == trainer.global_step for regular in self.follows):
             self.save(trainer)
         if self._asked_to_stop(trainer) and not self._epoch_ends_here(trainer):
             self._save_and_stop(trainer)
@@ -248,19 +379,7 @@ class LastCheckpoint(Checkpoint):
         if self._saved == now:
             return
         # The regular checkpoint of this very moment has just been written: the same content needs no second copy.
-        source = self.checkpoint_io.newest_path
-        is_written = (
-            source is not None
-            and source != self.path
-            and source.exists()
-            and self.checkpoint_io.newest_can_be_continued
-            and self.checkpoint_io.newest_loops == trainer.fit_loop.state_dict()
-        )
-        if trainer.strategy.broadcast(is_written):  # only the first process writes, and knows what it wrote
-            if trainer.is_global_zero and source is not None:
-                self.checkpoint_io.duplicate(source, self.path)
-            trainer.strategy.barrier("last.ckpt")
-        else:
+        if not give_second_name(trainer, self.checkpoint_io, self.path):
             trainer.save_checkpoint(self.path, weights_only=False)
         self._saved = now
 

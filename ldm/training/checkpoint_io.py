@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from ldm.checkpoint import DamagedTensorError, read_checkpoint, verify_checkpoint
 from ldm.training.disk import Disk
 from ldm.training.run_directory import LAST_CHECKPOINT
+
+logger = logging.getLogger(__name__)
 
 PARTIAL: Final = ".partial"
 """Ending of a file that is being written."""
@@ -102,12 +105,22 @@ class StreamingCheckpointIO(CheckpointIO):
         return read_checkpoint(os.fspath(path))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Delete a checkpoint that dropped out of the best few.
+        """Delete a checkpoint that dropped out of those to keep.
+
+        It stays, with a warning, as long as this process has written no other one, and where the system
+        refuses: neither is a reason to end a run.
 
         Args:
             path: the file; nothing happens if it is gone already.
         """
-        self.disk.remove(Path(path))
+        path = Path(path)
+        if self.newest_path is None or self.newest_path == path or not self.newest_path.exists():
+            logger.warning("%s stays: no other checkpoint has been written yet", path)
+            return
+        try:
+            self.disk.remove(path)
+        except OSError as error:
+            logger.warning("%s could not be deleted (%s); delete it by hand", path, error.strerror or error)
 
     def duplicate(self, source: Path, target: Path) -> None:
         """Give a written checkpoint a second name.
@@ -188,9 +201,8 @@ class StreamingCheckpointIO(CheckpointIO):
             room = f"{target.parent} has {format_size(self.disk.free(target.parent))} free"
         except OSError:
             room = f"{target.parent} has less free"
-        older = older_checkpoints(target.parent)
-        older.pop(target, None)
-        listed = ", ".join(f"{path.name} ({format_size(size)})" for path, size in list(older.items())[:NAMED_FILES])
+        older = [(names, size) for names, size in older_checkpoints(target.parent) if target.name not in names]
+        listed = ", ".join(f"{' with '.join(names)} ({format_size(size)})" for names, size in older[:NAMED_FILES])
         more = f" and {len(older) - NAMED_FILES} more" if len(older) > NAMED_FILES else ""
         remedy = f"delete older checkpoints of the run ({listed}{more})" if older else "make room"
         return (
@@ -221,22 +233,26 @@ def file_size(checkpoint: Mapping[str, Any]) -> int:
     return sum(storages.values()) + len(storages) * BESIDE_TENSOR + BESIDE_TENSORS
 
 
-def older_checkpoints(folder: Path) -> dict[Path, int]:
+def older_checkpoints(folder: Path) -> list[tuple[list[str], int]]:
     """List the checkpoints that a run can be continued without.
 
     Args:
         folder: a run's folder of checkpoints.
 
     Returns:
-        Sizes in bytes by path, the oldest first; without ``last.ckpt``, other names of that file, and,
-        where it is missing, the newest.
+        For each file its names, which are several where one is a hard link to the other, and its size in
+        bytes; the oldest first. ``last.ckpt`` is not among them, nor, where it is missing, the newest.
     """
     try:
         found = sorted(((path.stat(), path) for path in folder.glob("*.ckpt")), key=lambda pair: pair[0].st_mtime_ns)
     except OSError:
-        return {}
-    kept = [stat for stat, path in found if path.name == LAST_CHECKPOINT] or [stat for stat, _ in found[-1:]]
-    return {path: stat.st_size for stat, path in found if not any(os.path.samestat(stat, each) for each in kept)}
+        return []
+    files: dict[tuple[int, int], tuple[list[str], int]] = {}
+    for stat, path in found:
+        files.setdefault((stat.st_dev, stat.st_ino), ([], stat.st_size))[0].append(path.name)
+    listed = list(files.values())
+    kept = [each for each in listed if LAST_CHECKPOINT in each[0]] or listed[-1:]
+    return [(sorted(names), size) for names, size in listed if (names, size) not in kept]
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -21,6 +21,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import StrategyRegistry
 
 from ldm.training.annotations import describe, describe_value, fits
+from ldm.training.callbacks import time_span
 from ldm.training.config_ranges import RANGES, above_zero
 from ldm.training.config_tree import ConfigTree, leaves, nearest
 from ldm.training.legacy_2022 import DATASETS, TRAINER_WORDS
@@ -29,7 +30,7 @@ from ldm.training.trainer import DEFAULT_CALLBACKS
 
 DEFAULT_TARGETS: Final[Mapping[str, str]] = {
     **{f"lightning.callbacks.{name}": callback["target"] for name, callback in DEFAULT_CALLBACKS.items()},
-    "lightning.modelcheckpoint": "pytorch_lightning.callbacks.ModelCheckpoint",
+    "lightning.modelcheckpoint": "ldm.training.callbacks.RunCheckpoint",
     "lightning.logger": "pytorch_lightning.loggers.TensorBoardLogger",
 }
 """What these sections mean where they name no target."""
@@ -297,6 +298,13 @@ class _Check:
         if len(cadence) > 1:
             names = " and ".join(path.rpartition(".")[2] for path in cadence)
             self.add(cadence[0], f"{names} exclude each other; keep one")
+
+        interval = self.config.get("lightning.modelcheckpoint.params.train_time_interval")
+        if isinstance(interval, str):
+            try:
+                time_span(interval)
+            except ValueError as error:
+                self.add("lightning.modelcheckpoint.params.train_time_interval", str(error))
 
     def trainer(self) -> None:
         """Check the arguments of Lightning's Trainer."""

@@ -83,6 +83,7 @@ RANGES: Final = (
     Range("lightning.callbacks.*.params.batch_frequency", _at_least(1), "at least 1 (steps between pictures)"),
     Range("lightning.callbacks.*.params.max_images", _at_least(1), "at least 1"),
     Range("lightning.modelcheckpoint.params.save_top_k", _at_least(-1), "0 or more, or -1 for all"),
+    Range("lightning.modelcheckpoint.params.keep_last_n", _at_least(0), "0 (only the best) or more"),
     Range("lightning.modelcheckpoint.params.every_n_epochs", _at_least(0), "0 (off) or more"),
     Range("lightning.modelcheckpoint.params.every_n_train_steps", _at_least(0), "0 (off) or more"),
     Range("run.seed", lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),

@@ -11,7 +11,13 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from ldm.training.accumulation import EqualWeights
-from ldm.training.callbacks import Beginning, LastCheckpoint, epoch_checkpoints, model_checkpoint_params
+from ldm.training.callbacks import (
+    Beginning,
+    LastCheckpoint,
+    RunCheckpoint,
+    epoch_checkpoints,
+    model_checkpoint_params,
+)
 from ldm.training.checkpoint_io import StreamingCheckpointIO
 from ldm.training.latent_caching import LatentCaching
 from ldm.training.progress import RunProgress
@@ -68,7 +74,8 @@ def build_trainer(
     arguments: dict[str, Any] = dict(lightning.get("trainer") or {})
     if not arguments.get("barebones"):  # which takes no such argument
         arguments = {**DEFAULT_TRAINER, **arguments}
-    checkpoint_io = StreamingCheckpointIO()
+    saving = (lightning.get("modelcheckpoint") or {}).get("params") or {}
+    checkpoint_io = StreamingCheckpointIO(verify=saving.get("verify", True))
     arguments.update(
         default_root_dir=str(run_directory.path),
         use_distributed_sampler=False,  # the data module shares the pictures out itself
@@ -144,17 +151,22 @@ def _build_callbacks(
         # 0 and 0.0 alike: no batch is validated on.
         measures = validates and arguments.get("limit_val_batches") != 0
         params = model_checkpoint_params(given, monitor, measures, run_directory.checkpoints)
-        kind = get_obj_from_str(section["target"]) if "target" in section else ModelCheckpoint
-        callbacks += epoch_checkpoints(params) if kind is ModelCheckpoint else [kind(**params)]
+        kind = get_obj_from_str(section["target"]) if "target" in section else RunCheckpoint
+        regular: list[Any] = (
+            epoch_checkpoints(params, checkpoint_io) if kind in (ModelCheckpoint, RunCheckpoint) else [kind(**params)]
+        )
+        callbacks += regular
         by_steps = given.get("every_n_train_steps") or 0
+        by_time = given.get("train_time_interval") is not None
         by_epochs = given.get("every_n_epochs")
         callbacks.append(
             LastCheckpoint(
                 run_directory.last_checkpoint,
                 checkpoint_io,
                 signals,
-                every_n_epochs=(0 if by_steps else 1) if by_epochs is None else by_epochs,
+                every_n_epochs=(0 if by_steps or by_time else 1) if by_epochs is None else by_epochs,
                 every_n_train_steps=by_steps,
+                follows=[each for each in regular if isinstance(each, RunCheckpoint)] if by_time else [],
             )
         )
     return callbacks

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
-from ldm.training.callbacks import model_checkpoint_params
+from ldm.training.callbacks import model_checkpoint_params, time_span
 from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO
 from ldm.training.disk import Disk
 from tests.unit.training.toy import ToyDiffusion
@@ -42,10 +43,6 @@ def test_every_epoch_leaves_a_checkpoint_and_last_ckpt_is_the_newest(pictures: P
 
 
 def test_last_ckpt_is_kept_up_to_date_when_only_the_best_is_kept(pictures: Path, tmp_path: Path) -> None:
-    class GetsWorse(ToyDiffusion):
-        def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-            self.log("val/loss", float(self.current_epoch), batch_size=len(batch["image"]))
-
     run = toy_run(tmp_path, pictures, model=GetsWorse(monitor="val/loss"), **saving(save_top_k=1, save_last=False))
     assert names(run) == ["epoch=00-step=00006.ckpt", "last.ckpt"]
     assert step_of(run.last) == 12
@@ -71,6 +68,70 @@ def test_checkpoints_can_be_made_every_few_steps(pictures: Path, tmp_path: Path)
     run = toy_run(tmp_path, pictures, **saving(every_n_train_steps=5, save_top_k=-1))
     assert names(run) == ["epoch=00-step=00005.ckpt", "epoch=01-step=00010.ckpt", "last.ckpt"]
     assert step_of(run.last) == 12
+
+
+class GetsWorse(ToyDiffusion):
+    """Is best in its first epoch."""
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val/loss", float(self.current_epoch), batch_size=len(batch["image"]))
+
+
+def test_the_newest_are_kept_beside_the_best_if_asked_for(pictures: Path, tmp_path: Path) -> None:
+    model = GetsWorse(monitor="val/loss")
+    run = toy_run(tmp_path, pictures, model=model, max_epochs=4, **saving(save_top_k=1, keep_last_n=2))
+    newest = ["newest-epoch=02-step=00018.ckpt", "newest-epoch=03-step=00024.ckpt"]
+    assert names(run) == ["epoch=00-step=00006.ckpt", "last.ckpt", *newest]
+    assert [step_of(run.directory.checkpoints / name) for name in newest] == [18, 24]
+    assert os.path.samefile(run.last, run.directory.checkpoints / newest[1])
+
+
+def test_a_checkpoint_that_is_best_and_newest_takes_the_room_of_one(pictures: Path, tmp_path: Path) -> None:
+    model = GetsWorse(monitor="val/loss")
+    run = toy_run(tmp_path, pictures, model=model, max_epochs=1, **saving(save_top_k=1, keep_last_n=2))
+    assert names(run) == ["epoch=00-step=00006.ckpt", "last.ckpt", "newest-epoch=00-step=00006.ckpt"]
+    assert run.last.stat().st_nlink == 3
+
+
+def test_where_no_metric_decides_keep_last_n_is_how_many_are_kept(pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures, max_epochs=3, **saving(keep_last_n=1))
+    assert names(run) == ["epoch=02-step=00018.ckpt", "last.ckpt"]
+
+
+def test_the_newest_are_still_counted_in_a_resumed_run(pictures: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**saving(save_top_k=1, keep_last_n=1)}
+    first = toy_run(tmp_path, pictures, model=GetsWorse(monitor="val/loss"), max_epochs=2, **options)
+    second = toy_run(tmp_path, pictures, first.last, model=GetsWorse(monitor="val/loss"), max_epochs=3, **options)
+    assert names(second) == ["epoch=00-step=00006.ckpt", "last.ckpt", "newest-epoch=02-step=00018.ckpt"]
+
+
+def test_checkpoints_by_time_are_made_at_complete_steps_and_last_ckpt_follows(pictures: Path, tmp_path: Path) -> None:
+    class TwoHoursPass(pl.Callback):
+        """Lets the clock jump between two batches of one optimiser step."""
+
+        found: list[str]
+
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            self.found = names(run)
+            if batch_idx == 2:
+                regular: Any = trainer.checkpoint_callbacks[0]
+                regular._last_time_checked -= 7200
+
+    clock = TwoHoursPass()
+    options = {"max_epochs": 1, "accumulate_grad_batches": 2, "extra": [clock]}
+    run, data = prepare_toy_run(tmp_path, pictures, **options, **saving(train_time_interval="00:02:00:00"))
+    run.trainer.fit(run.model, datamodule=data)
+    assert clock.found == ["epoch=00-step=00002.ckpt", "last.ckpt"]
+    assert names(run) == ["epoch=00-step=00002.ckpt", "last.ckpt"]
+    assert step_of(run.last) == 3
+
+
+def test_a_span_of_time_without_its_parts_is_told() -> None:
+    assert time_span("01:02:03:04").total_seconds() == 93784
+    with pytest.raises(ValueError, match=r"'2h' is no time span; write days:hours:minutes:seconds"):
+        time_span("2h")
 
 
 def test_checkpoints_are_made_in_epochs_without_validation(pictures: Path, tmp_path: Path) -> None:

@@ -112,7 +112,35 @@ def test_a_second_name_of_the_file_itself_changes_nothing(tmp_path: Path) -> Non
 
 
 def test_removing_a_file_that_is_gone_is_no_error(tmp_path: Path) -> None:
-    StreamingCheckpointIO().remove_checkpoint(tmp_path / "gone.ckpt")
+    checkpoint_io = StreamingCheckpointIO()
+    checkpoint_io.save_checkpoint(CHECKPOINT, tmp_path / "a.ckpt")
+    checkpoint_io.remove_checkpoint(tmp_path / "gone.ckpt")
+    assert (tmp_path / "a.ckpt").exists()
+
+
+def test_a_checkpoint_is_removed_only_once_another_has_been_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = tmp_path / "epoch=00.ckpt", tmp_path / "epoch=01.ckpt"
+    StreamingCheckpointIO().save_checkpoint(CHECKPOINT, older)
+    checkpoint_io = StreamingCheckpointIO()
+    checkpoint_io.remove_checkpoint(older)
+    assert older.exists()
+    assert "epoch=00.ckpt stays" in caplog.text
+    checkpoint_io.save_checkpoint(CHECKPOINT, newer)
+    checkpoint_io.remove_checkpoint(newer)
+    checkpoint_io.remove_checkpoint(older)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch=01.ckpt"]
+
+
+def test_a_file_that_cannot_be_removed_is_told_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint_io = StreamingCheckpointIO()
+    checkpoint_io.save_checkpoint(CHECKPOINT, tmp_path / "a.ckpt")
+    checkpoint_io.disk = FaultyDisk(0, errno.EACCES)
+    checkpoint_io.remove_checkpoint(tmp_path / "b.ckpt")
+    assert "b.ckpt could not be deleted (Permission denied); delete it by hand" in caplog.text
 
 
 def test_a_checkpoint_carries_a_checksum_for_each_tensor(tmp_path: Path) -> None:
@@ -152,9 +180,11 @@ def test_a_full_disk_lists_the_checkpoints_that_could_go(tmp_path: Path) -> None
         (tmp_path / name).write_bytes(bytes(10**5 * (age + 1)))
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     os.link(tmp_path / "epoch=02.ckpt", tmp_path / "last.ckpt")
+    os.link(tmp_path / "epoch=00.ckpt", tmp_path / "newest-epoch=00.ckpt")
     with pytest.raises(CheckpointWriteError) as raised:
         StreamingCheckpointIO(disk=FullDisk()).save_checkpoint(large_checkpoint(2), tmp_path / "epoch=03.ckpt")
-    assert "delete older checkpoints of the run (epoch=01.ckpt (0.3 MB), epoch=00.ckpt (0.2 MB))" in str(raised.value)
+    could_go = "epoch=01.ckpt (0.3 MB), epoch=00.ckpt with newest-epoch=00.ckpt (0.2 MB)"
+    assert f"delete older checkpoints of the run ({could_go})" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

@@ -87,8 +87,7 @@ def test_a_wrong_type_says_what_is_expected(check: Check, override: str, message
         ("run.sed=1", "run.sed: the run section has no key sed; did you mean seed?"),
         (
             "lightning.modelcheckpoint.params.save_topk=1",
-            "lightning.modelcheckpoint.params.save_topk: ModelCheckpoint has no key save_topk; "
-            "did you mean save_top_k?",
+            "lightning.modelcheckpoint.params.save_topk: RunCheckpoint has no key save_topk; did you mean save_top_k?",
         ),
     ],
 )
@@ -120,6 +119,7 @@ def test_an_unknown_key_names_the_nearest(check: Check, override: str, message: 
         "lightning.trainer.gradient_clip_val=-1",
         "lightning.trainer.limit_train_batches=1.5",
         "lightning.modelcheckpoint.params.save_top_k=-2",
+        "lightning.modelcheckpoint.params.keep_last_n=-1",
         "run.seed=4294967296",
     ],
 )
@@ -270,6 +270,7 @@ def test_two_checkpoint_rhythms_exclude_each_other(check: Check) -> None:
         ("lightning.trainer.strategy=dpp", "'dpp' is unknown; did you mean ddp?"),
         ("lightning.trainer.accelerator=gpuu", "'gpuu' is unknown; did you mean gpu?"),
         ("lightning.trainer.max_time=3h", "write days:hours:minutes:seconds"),
+        ("lightning.modelcheckpoint.params.train_time_interval=2h", "write days:hours:minutes:seconds"),
         ("lightning.trainer.devices=0", "0 is neither a number of devices"),
         ("lightning.trainer.devices=2.5", "expected"),
         ("lightning.trainer.precision=fp16", "did you mean 16-mixed?"),
