@@ -17,6 +17,7 @@ from ldm.data.buckets import count_batches
 from ldm.data.ed_validate import EDValidateBatch
 from ldm.data.every_dream import EveryDreamBatch, check_pictures
 from ldm.data.exposure_set import ExposureSet
+from ldm.data.inspection import quick_look, summarise
 from ldm.data.mixture import Mixture
 from ldm.data.resume import TrainerProgress, saved_position, settle_resume
 from ldm.data.sampler import EpochBatches, EpochLoader
@@ -109,6 +110,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self._saved_position: dict[str, Any] | None = None
         self._train_batches: EpochBatches
         self._train_loader: tuple[pl.Trainer | None, EpochLoader] | None = None
+        self._val_loader: tuple[pl.Trainer | None, EpochLoader] | None = None
+        self._steps: dict[tuple[str, int, int], int] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Build every data set, and decode every picture once; a second call does nothing.
@@ -184,7 +187,13 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """
         if split not in self.datasets:
             return 0
-        return count_batches(self.datasets[split], self.batch_size * (num_replicas or self._num_replicas), epoch)
+        dataset, together = self.datasets[split], self.batch_size * (num_replicas or self._num_replicas)
+        # A long run in fractions has many epochs but few different ones.
+        epoch %= getattr(dataset, "epochs_repeat_after", epoch + 1)
+        key = (split, together, epoch)
+        if key not in self._steps:
+            self._steps[key] = count_batches(dataset, together, epoch)
+        return self._steps[key]
 
     def _batches(self, split: str) -> EpochBatches:
         trainer = self.trainer
@@ -270,8 +279,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self._saved_position = state_dict
 
     def val_dataloader(self) -> EpochLoader | list[EpochLoader]:
-        """Build the validation loader; an empty list where the config names no validation set."""
-        return self._loader("validation", self._batches("validation")) if "validation" in self.datasets else []
+        """Build the validation loader; an empty list where the config names no validation set.
+
+        A trainer that asks again (see :meth:`train_dataloader`) gets the same loader, whose processes go on.
+        """
+        if "validation" not in self.datasets:
+            return []
+        if self._val_loader is None or self.trainer is None or self._val_loader[0] is not self.trainer:
+            self._val_loader = (self.trainer, self._loader("validation", self._batches("validation")))
+        return self._val_loader[1]
 
     def test_dataloader(self) -> EpochLoader | list[EpochLoader]:
         """Build the test loader; an empty list where the config names no test set."""
@@ -331,6 +347,8 @@ def _tell_what_is_left_out(datasets: Iterable[EveryDreamBatch]) -> None:
         "pictures have an empty caption (nothing precedes the first underscore)",
     )
     for line in gathered("scan_warnings"):
+        logger.warning("%s", line)
+    for line in summarise(quick_look(roots)):
         logger.warning("%s", line)
     for dataset in roots:
         for folder, count in dataset.switched_off.items():

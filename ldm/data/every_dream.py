@@ -227,6 +227,11 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         """Whether a folder's fractional multiplier makes epochs differ in what they show."""
         return self._showings.epochs_differ
 
+    @property
+    def epochs_repeat_after(self) -> int:
+        """After how many epochs the same pictures are shown again; 1 where all epochs show the same."""
+        return self._showings.period
+
     def leave_out(self, broken: Mapping[str, str]) -> None:
         """Take pictures out of the set, before its first use.
 

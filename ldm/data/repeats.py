@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -48,6 +49,7 @@ class Repeats:
 
     Attributes:
         epochs_differ: whether some epochs show other pictures than others, or differ in length.
+        period: after how many epochs the pictures that are shown are the same again; 1 where epochs do not differ.
 
     Raises:
         ValueError: some epochs would show no picture at all.
@@ -57,7 +59,8 @@ class Repeats:
         self.folders = [folder for folder in folders if len(folder.pictures)]
         self.pictures = sum(len(folder.pictures) for folder in self.folders)
         rates = {folder.rate for folder in self.folders}
-        self.epochs_differ = any(rate.denominator != 1 for rate in rates)
+        self.period = math.lcm(*(rate.denominator for rate in rates))
+        self.epochs_differ = self.period > 1
         self._repeats = int(rates.pop()) if len(rates) == 1 and not self.epochs_differ else None
         if not any(len(folder.pictures) * folder.rate >= 1 for folder in self.folders):
             raise ValueError("some epochs would show no picture at all; raise repeats, or the folders' multiply")

@@ -62,6 +62,7 @@ class EpochBatches(Sampler[list[int]]):
         self.start = 0
         self._begun: tuple[int, Segments] = (0, ())
         self._plan: tuple[int, EpochPlan] | None = None
+        self._counted: tuple[int, int] | None = None
         self._fingerprint: tuple[int, str] | None = None
 
     @property
@@ -138,7 +139,9 @@ class EpochBatches(Sampler[list[int]]):
         """Count the batches of the whole epoch, whatever the start is."""
         if self.segments(self.epoch):
             return len(self.plan(self.epoch))
-        return count_batches(self.dataset, self.together, self.epoch)
+        if self._counted is None or self._counted[0] != self.epoch:
+            self._counted = (self.epoch, count_batches(self.dataset, self.together, self.epoch))
+        return self._counted[1]
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from self.batches(self.epoch, self.start)

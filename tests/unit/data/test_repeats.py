@@ -88,3 +88,9 @@ def test_numbering_survives_the_way_to_another_process() -> None:
     repeats.locate(9)
     copy = pickle.loads(pickle.dumps(repeats))
     assert [copy.locate(exposure) for exposure in range(20)] == [repeats.locate(exposure) for exposure in range(20)]
+
+
+@given(FOLDERS, st.integers(0, 6))
+def test_epochs_repeat_after_their_period(folders: list[tuple[int, Fraction]], epoch: int) -> None:
+    repeats = build(folders)
+    assert repeats.shown(epoch).tolist() == repeats.shown(epoch + repeats.period).tolist()
