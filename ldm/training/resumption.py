@@ -98,7 +98,7 @@ def warn_of_going_back(checkpoint: Path, last: Path) -> None:
     if not last.is_file() or checkpoint.samefile(last):
         return
     try:
-        step, reached = (read_checkpoint(path).get("global_step") for path in (checkpoint, last))
+        step, reached = (read_checkpoint(path, verify=False).get("global_step") for path in (checkpoint, last))
     except (ValueError, OSError):
         return  # a damaged last.ckpt is a reason to go back; a damaged checkpoint is told when it is loaded
     if isinstance(step, int) and isinstance(reached, int) and step < reached:
