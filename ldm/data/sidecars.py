@@ -173,7 +173,7 @@ def _parse_entry(content: bytes, path: str, line: int) -> ListedCaption:
             raise ValueError(f"{where}: lacks {key!r}; write an object such as {example}")
         if not isinstance(record[key], str):
             raise ValueError(f"{where}: {key!r} is {json.dumps(record[key])[:40]}, no text; put it between quotes")
-        if not _is_sound(record[key]):
+        if not is_sound(record[key]):
             raise ValueError(f"{where}: {key!r} holds half a character (a lone surrogate) or a null; correct it")
     file_name = unicodedata.normalize("NFC", record["file_name"].removeprefix("./"))
     if not file_name:
@@ -186,5 +186,6 @@ def _parse_entry(content: bytes, path: str, line: int) -> ListedCaption:
     return ListedCaption(file_name, tidy_caption(record["text"]), path, line)
 
 
-def _is_sound(text: str) -> bool:
+def is_sound(text: str) -> bool:
+    """Tell whether a text is one that a text encoder takes: without nulls and halves of characters."""
     return "\0" not in text and (text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text))

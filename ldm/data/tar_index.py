@@ -19,11 +19,30 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm.data.picture_header import describe_damage, read_header
+from ldm.data.sidecars import MAX_BYTES as MAX_TEXT_BYTES
+from ldm.data.sidecars import is_sound
 
 PICTURE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "bmp", "jfif")
 """Extensions of members that are pictures, in lower case."""
 
-_VERSION: Final = 1
+MAX_PICTURE_BYTES: Final = 1 << 29
+"""The longest picture file that is read, in bytes: it is held in memory while it is decoded."""
+
+_READ_ERRORS: Final = (
+    tarfile.TarError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+)
+"""What tarfile raises on headers that are damaged, or were made to do harm."""
+
+_VERSION: Final = 2
 _BLOCK: Final = 512
 _NO_TEXT: Final = -1
 _TEXT: Final = 0
@@ -74,6 +93,8 @@ class _Sample:
     text: tuple[int, int] | None = None
     json: tuple[int, int] | None = None
     pictures: int = 0
+    texts: int = 0
+    jsons: int = 0
 
 
 def build_index(path: str, stamp: str) -> ShardIndex:
@@ -137,11 +158,13 @@ def read_caption(file: IO[bytes], text: tuple[int, int, int] | npt.NDArray[np.in
         The caption on one line, without surrounding white space.
 
     Raises:
-        ValueError: it is not UTF-8 text, or the JSON holds none.
+        ValueError: it is too long or no UTF-8 text, or the JSON holds none.
     """
     offset, length, kind = (int(number) for number in text)
-    content = read_member(file, offset, length)
     member = "txt" if kind == _TEXT else "json"
+    if length > MAX_TEXT_BYTES:
+        raise ValueError(f"its .{member} is longer than {MAX_TEXT_BYTES:,} bytes")
+    content = read_member(file, offset, length)
     try:
         caption: object = content.decode("utf-8-sig")
         if kind == _JSON:
@@ -153,6 +176,8 @@ def read_caption(file: IO[bytes], text: tuple[int, int, int] | npt.NDArray[np.in
         raise ValueError("its .json cannot be read as JSON") from None
     if not isinstance(caption, str):
         raise ValueError("no caption (no .txt, and its .json holds none)")
+    if not is_sound(caption):
+        raise ValueError(f"its .{member} holds half a character (a lone surrogate) or a null")
     return " ".join(caption.split())
 
 
@@ -176,7 +201,7 @@ def _read_members(file: IO[bytes], tar_bytes: int) -> tuple[dict[str, _Sample], 
                     return samples, f"is cut off within {member.name}, at byte {tar_bytes:,}"
                 if member.isfile():
                     _take_member(samples, member)
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except _READ_ERRORS as error:
         if end == 0:
             return samples, "is no uncompressed tar file"
         return samples, f"is damaged after byte {end:,} ({' '.join(str(error).split()) or type(error).__name__})"
@@ -199,8 +224,10 @@ def _take_member(samples: dict[str, _Sample], member: tarfile.TarInfo) -> None:
     place = (member.offset_data, member.size)
     if extension == "txt":
         sample.text = place
+        sample.texts += 1
     elif extension == "json":
         sample.json = place
+        sample.jsons += 1
     else:
         sample.name = _as_text(member.name)
         sample.picture = place
@@ -217,8 +244,12 @@ def _text_place(sample: _Sample) -> tuple[int, int, int]:
         raise ValueError("a caption without a picture")
     if sample.pictures > 1:
         raise ValueError(f"{sample.pictures} pictures of one name")
+    if sample.texts > 1:
+        raise ValueError(f"{sample.texts} .txt files of one name")
     if sample.text is not None:
         return (*sample.text, _TEXT)
+    if sample.jsons > 1:
+        raise ValueError(f"{sample.jsons} .json files of one name")
     if sample.json is not None:
         return (*sample.json, _JSON)
     raise ValueError("no caption (neither .txt nor .json)")
@@ -226,6 +257,8 @@ def _text_place(sample: _Sample) -> tuple[int, int, int]:
 
 def _picture_size(file: IO[bytes], sample: _Sample) -> tuple[int, int]:
     assert sample.picture is not None
+    if sample.picture[1] > MAX_PICTURE_BYTES:
+        raise ValueError(f"the picture is longer than {MAX_PICTURE_BYTES:,} bytes")
     try:
         # All of it: a PNG may tell at its end how it is to be turned, and the disk reads ahead anyway.
         header = read_header(io.BytesIO(read_member(file, *sample.picture)))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ldm.data import tar_index
 from ldm.data.tar_index import ShardIndex, build_index, read_caption, read_index, read_member, write_index
 from tests.unit.data.make_shards import picture_bytes, sample, write_shards, write_tar
 
@@ -54,6 +58,8 @@ def test_members_of_a_sample_may_lie_apart_and_in_folders(tmp_path: Path) -> Non
         ({"7.png": picture_bytes(7), "7.json": b"{"}, "cannot be read as JSON"),
         ({"7.png": picture_bytes(7), "7.json": b"[" * 200_000}, "cannot be read as JSON"),
         ({"7.png": picture_bytes(7), "7.txt": b"\xff\xfe\x00"}, "not UTF-8"),
+        ({"7.png": picture_bytes(7), "7.json": b'{"caption": "half \\ud800"}'}, "half a character"),
+        ({"7.png": picture_bytes(7), "7.txt": b"a\0b"}, "null"),
         ({"7.txt": b"alone"}, "without a picture"),
         ({"7.png": picture_bytes(7), "7.jpg": picture_bytes(8), "7.txt": b"two"}, "2 pictures of one name"),
         ({"7.png": b"no picture at all", "7.txt": b"text"}, "not a picture"),
@@ -126,3 +132,56 @@ def test_a_damaged_index_counts_as_none(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "index.npz"
     path.write_bytes(content)
     assert read_index(str(path)) is None
+
+
+def header(name: str, kind: bytes, size: int = 0) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        # A long name for a long name for a long name ...
+        pytest.param((header("x", tarfile.GNUTYPE_LONGNAME, 5) + b"name".ljust(512, b"\0")) * 2000, id="nested"),
+        pytest.param(header("x", tarfile.GNUTYPE_LONGNAME, 1 << 62), id="more than memory"),
+        pytest.param(header("x", tarfile.XHDTYPE, 1 << 70), id="more than an address"),
+        pytest.param(header("x.jpg", tarfile.GNUTYPE_SPARSE, 1 << 62), id="more than a file"),
+    ],
+)
+def test_a_hostile_header_is_damage_and_no_crash(tmp_path: Path, hostile: bytes) -> None:
+    path = write_tar(tmp_path / "00000.tar", sample(1))
+    content = path.read_bytes()
+    end = content.rindex(b"\0\0ustar")
+    sound = content[: end - end % 512 + 512 * (1 + -(-len(sample(1)["000000001.json"]) // 512))]
+    path.write_bytes(sound + hostile + content)
+    index = build_index(str(path), stamp="now")
+    assert [index.name(number) for number in range(len(index))] == ["000000001.png"]
+    assert "is damaged after byte" in index.damage
+
+
+def test_a_second_caption_file_of_one_sample_is_told(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "00000.tar", {"1.png": picture_bytes(1), "1.txt": b"one", "1.TXT": b"another"})
+    assert "2 .txt files" in build_index(str(path), stamp="now").bad["1"]
+
+
+def test_members_too_long_to_be_held_are_bad_and_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "00000.tar"
+    length = tar_index.MAX_PICTURE_BYTES + 512
+    end = b"\0" * 1024
+    caption = header("1.txt", tarfile.REGTYPE, 3) + b"one".ljust(512, b"\0")
+    with path.open("wb") as file:  # the picture is a hole in the file
+        file.write(caption + header("1.png", tarfile.REGTYPE, length))
+        file.seek(length, os.SEEK_CUR)
+        file.write(header("2.png", tarfile.REGTYPE) + header("2.txt", tarfile.REGTYPE, tar_index.MAX_TEXT_BYTES + 512))
+        file.seek(tar_index.MAX_TEXT_BYTES + 512, os.SEEK_CUR)
+        file.write(end)
+    tracemalloc.start()
+    index = build_index(str(path), stamp="now")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert index.damage == ""
+    assert "is longer than" in index.bad["1"]
+    assert "is longer than" in index.bad["2"]
+    assert peak < tar_index.MAX_TEXT_BYTES
