@@ -139,16 +139,34 @@ def test_debug_shows_where_a_users_mistake_was_noticed(command: list[str], capsy
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_damaged_last_checkpoint_is_told_in_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command) == 0
+def damage_last_checkpoint() -> Path:
+    """Cut it short; other names of the file keep the whole content."""
     last = run_folder() / "checkpoints" / "last.ckpt"
     content = last.read_bytes()
     last.unlink()
     last.write_bytes(content[: len(content) // 2])
+    return last
+
+
+def test_a_damaged_last_checkpoint_is_told_in_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 0
+    last = damage_last_checkpoint()
     capsys.readouterr()
-    assert main(["-t", "-r", str(run_folder())]) == 2
+    assert main(["-t", "-r", str(last)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "last.ckpt" in line
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    last = damage_last_checkpoint()
+    capsys.readouterr()
+    assert main(["-t", "-r", str(run_folder())]) == 0
+    told = capsys.readouterr().out
+    assert f"warning: checkpoint '{last}' is damaged" in told
+    assert "warning: continuing from" in told
 
 
 def test_a_checkpoint_that_the_model_has_outgrown_is_told_in_one_line(
@@ -286,7 +304,9 @@ def test_a_full_disk_is_told_in_one_line_with_the_room_that_is_needed(
     assert main(command) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert re.match(r"error: the disk is full: the checkpoint .*\.ckpt needs [\d.]+ MB, [\d.]+ [MG]B are free; ", line)
+    assert re.match(
+        r"error: the disk is full: the checkpoint .*\.ckpt needs [\d.]+ MB, .* has [\d.]+ [MG]B free; ", line
+    )
     assert "error:" not in captured.out
 
 
