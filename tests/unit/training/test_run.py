@@ -343,7 +343,7 @@ def test_captions_that_are_cut_are_told_in_one_line(
     twin = next(Path("mine/folder0").glob("0 long*")).stem
     shutil.copy("mine/folder0/a plain square 0_.png", f"mine/folder0/{twin}_2.png")
     assert main([*command, "--data_root", "mine", "--max_steps", "1", target("Captioned")]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "caption" in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "text encoder's" in line]
     told = "warning: 7 captions (of 8 pictures) longer than the text encoder's 20 tokens are cut: '0 long long"
     assert line.startswith(told)
     assert "…' loses 'long long" in line
