@@ -92,17 +92,24 @@ class RunCheckpoint(ModelCheckpoint):
     Args:
         keep_last_n: how many of the newest checkpoints to keep beside the best; 0: only the best.
         verify: whether each file is read back before an older one may go.
+        background: whether a thread writes the files, from a copy in the host's memory.
         train_time_interval: the time between two checkpoints, as days:hours:minutes:seconds.
         params: Lightning's own.
     """
 
     def __init__(
-        self, keep_last_n: int = 0, verify: bool = True, train_time_interval: str | None = None, **params: Any
+        self,
+        keep_last_n: int = 0,
+        verify: bool = True,
+        background: bool = False,
+        train_time_interval: str | None = None,
+        **params: Any,
     ) -> None:
         interval = None if train_time_interval is None else time_span(train_time_interval)
         super().__init__(train_time_interval=interval, **params)
         self.keep_last_n = keep_last_n
         self.verify = verify
+        self.background = background
         self._seen_step = 0
 
     @property
@@ -250,7 +257,7 @@ def give_second_name(trainer: pl.Trainer, checkpoint_io: StreamingCheckpointIO, 
     is_written = (
         source is not None
         and source != path
-        and source.exists()
+        and checkpoint_io.has(source)
         and checkpoint_io.newest_can_be_continued
         and checkpoint_io.newest_loops == trainer.fit_loop.state_dict()
     )
@@ -343,11 +350,17 @@ class LastCheckpoint(Checkpoint):
         self.signals.deferred = False
         if self._has_progressed(trainer):
             self.save(trainer)
+        self.checkpoint_io.finish()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what was reached before a failure, if that is worth anything."""
         self.signals.deferred = False
         if isinstance(exception, Interrupted) or trainer.state.fn != TrainerFn.FITTING:
+            return
+        try:
+            self.checkpoint_io.finish()
+        except CheckpointWriteError as error:
+            logger.error("%s", error)
             return
         if not self._has_progressed(trainer) or isinstance(exception, CheckpointWriteError):
             return  # there is nothing to save, or a second try would fail like the first
@@ -386,6 +399,7 @@ class LastCheckpoint(Checkpoint):
     def _save_and_tell(self, trainer: pl.Trainer) -> None:
         """Save, and say so."""
         self.save(trainer)
+        self.checkpoint_io.finish()
         if not getattr(trainer, "fast_dev_run", False):
             logger.info("saved step %d as %s", trainer.global_step, self.path)
 

@@ -81,6 +81,24 @@ class StreamingCheckpointIO(CheckpointIO):
             raise ValueError("storage_options are not supported: checkpoints are files on a local disk")
         target = Path(path)
         self._put(target, file_size(checkpoint), lambda stream: torch.save(checkpoint, stream))
+        self._note(checkpoint, target)
+
+    def has(self, path: Path) -> bool:
+        """Tell whether a checkpoint is there.
+
+        Args:
+            path: the file.
+
+        Returns:
+            Whether it exists.
+        """
+        return path.exists()
+
+    def finish(self) -> None:
+        """Wait for what is still being written: nothing, here."""
+
+    def _note(self, checkpoint: Mapping[str, Any], target: Path) -> None:
+        """Remember what the newest file holds."""
         self.newest_path = target
         self.newest_loops = checkpoint.get("loops", {}).get("fit_loop")
         self.newest_can_be_continued = "optimizer_states" in checkpoint

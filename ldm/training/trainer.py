@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from ldm.training.accumulation import EqualWeights
+from ldm.training.background_saving import BackgroundCheckpointIO
 from ldm.training.callbacks import (
     Beginning,
     LastCheckpoint,
@@ -75,7 +76,8 @@ def build_trainer(
     if not arguments.get("barebones"):  # which takes no such argument
         arguments = {**DEFAULT_TRAINER, **arguments}
     saving = (lightning.get("modelcheckpoint") or {}).get("params") or {}
-    checkpoint_io = StreamingCheckpointIO(verify=saving.get("verify", True))
+    kind = BackgroundCheckpointIO if saving.get("background", False) else StreamingCheckpointIO
+    checkpoint_io = kind(verify=saving.get("verify", True))
     arguments.update(
         default_root_dir=str(run_directory.path),
         use_distributed_sampler=False,  # the data module shares the pictures out itself
