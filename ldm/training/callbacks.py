@@ -305,10 +305,16 @@ class LastCheckpoint(Checkpoint):
         self._seen_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals, which Lightning has just claimed for itself."""
+        """Take over the signals, which Lightning has just claimed for itself; see that there is room.
+
+        Raises:
+            OSError: if not even the weights fit on the disk: the first save would fail, hours from now.
+        """
         self.signals.install()
         self.signals.deferred = True
         self._first_step = self._seen_step = trainer.global_step
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            self.checkpoint_io.check_room(pl_module.state_dict(), self.path)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -83,6 +83,20 @@ class StreamingCheckpointIO(CheckpointIO):
         self._put(target, file_size(checkpoint), lambda stream: torch.save(checkpoint, stream))
         self._note(checkpoint, target)
 
+    def check_room(self, content: Mapping[str, Any], target: Path) -> None:
+        """See whether a file would fit on the disk now.
+
+        Args:
+            content: what the file is going to hold at least.
+            target: its name.
+
+        Raises:
+            CheckpointWriteError: if it would not, with the room that is needed and what could go.
+        """
+        needed = file_size(content)
+        if self.disk.free(target.parent) < needed:
+            raise CheckpointWriteError(self._describe_full_disk(needed, target))
+
     def has(self, path: Path) -> bool:
         """Tell whether a checkpoint is there.
 

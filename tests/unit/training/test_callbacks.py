@@ -263,6 +263,21 @@ def test_a_disk_that_fills_up_during_the_run_stops_it_and_says_which_checkpoints
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+def test_a_disk_without_room_for_one_checkpoint_is_told_before_the_first_step(pictures: Path, tmp_path: Path) -> None:
+    class Full(Disk):
+        def free(self, folder: Path) -> int:
+            return 1000
+
+    run, data = prepare_toy_run(tmp_path, pictures)
+    checkpoint_io = run.trainer.strategy.checkpoint_io
+    assert isinstance(checkpoint_io, StreamingCheckpointIO)
+    checkpoint_io.disk = Full()
+    with pytest.raises(CheckpointWriteError, match=r"last\.ckpt needs .* has 0\.0 MB free"):
+        run.trainer.fit(run.model, datamodule=data)
+    assert run.model.losses == []
+    assert names(run) == []
+
+
 def test_a_checkpoint_holds_step_weights_and_optimiser_and_loads_safely(pictures: Path, tmp_path: Path) -> None:
     content = torch.load(toy_run(tmp_path, pictures).last, weights_only=True)
     assert content["global_step"] == 12
