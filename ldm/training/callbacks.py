@@ -26,6 +26,7 @@ DEFAULT_FILENAME: Final = "{epoch:02d}-{step:05d}"
 NEWEST_PREFIX: Final = "newest-"
 """What the names of the newest checkpoints begin with where a metric chooses others beside them."""
 
+NOT_FINITE: Final = "the model's weights are no longer finite numbers"
 TIME_SPAN: Final = re.compile(r"\d+(:\d+){3}")
 NEWEST: Final = {"monitor": "step", "mode": "max"}
 """What makes Lightning's ``ModelCheckpoint`` keep the newest files."""
@@ -134,6 +135,13 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.global_step != self._seen_step:
             self._seen_step = trainer.global_step
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        """Save, and delete what that replaces, unless the weights are good for nothing."""
+        if _weights_are_finite(trainer.lightning_module):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        elif trainer.is_global_zero:
+            logger.error("step %d is not saved: %s", trainer.global_step, NOT_FINITE)
 
 
 class MeasuredCheckpoint(RunCheckpoint):
@@ -374,39 +382,44 @@ class LastCheckpoint(Checkpoint):
             logger.warning("%s stays as it was: the other devices may not answer any more", self.path)
             return
         try:
-            if not _weights_are_finite(pl_module):
-                logger.error("%s stays as it was: the model's weights are no longer finite numbers", self.path)
-                return
             self._save_and_tell(trainer)
         except Exception as error:  # noqa: BLE001 - whatever this is, it must not hide the failure in flight
             logger.error("%s could not be saved: %s", self.path, error)
 
-    def save(self, trainer: pl.Trainer) -> None:
+    def save(self, trainer: pl.Trainer) -> bool:
         """Bring ``last.ckpt`` up to date.
 
         Args:
             trainer: the trainer, between two optimiser steps.
 
+        Returns:
+            Whether it is now; not in a rehearsal, nor where the weights have blown up.
+
         Raises:
             OSError: if the file cannot be written.
         """
         if getattr(trainer, "fast_dev_run", False):
-            return
+            return False
         loop: Any = trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
         now = (trainer.global_step, epochs.processed, batches.processed)
         if self._saved == now:
-            return
+            return True
+        if not _weights_are_finite(trainer.lightning_module):
+            if trainer.is_global_zero:
+                logger.error("%s stays as it was: %s", self.path, NOT_FINITE)
+            return False
         # The regular checkpoint of this very moment has just been written: the same content needs no second copy.
         if not give_second_name(trainer, self.checkpoint_io, self.path):
             trainer.save_checkpoint(self.path, weights_only=False)
         self._saved = now
+        return True
 
     def _save_and_tell(self, trainer: pl.Trainer) -> None:
         """Save, and say so."""
-        self.save(trainer)
+        is_saved = self.save(trainer)
         self.checkpoint_io.finish()
-        if not getattr(trainer, "fast_dev_run", False):
+        if is_saved:
             logger.info("saved step %d as %s", trainer.global_step, self.path)
 
     def _has_progressed(self, trainer: pl.Trainer) -> bool:

@@ -222,6 +222,20 @@ def test_weights_that_blew_up_do_not_replace_last_ckpt(pictures: Path, tmp_path:
     assert step_of(run.last) == 6
 
 
+def test_a_run_whose_weights_blew_up_does_not_cost_its_only_good_checkpoint(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class BlowsUp(ToyDiffusion):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 8:
+                torch.nn.init.constant_(self.model[0].weight, float("nan"))
+
+    run = toy_run(tmp_path, pictures, model=BlowsUp(), max_epochs=3, **saving(save_top_k=1))
+    assert names(run) == [EPOCHS[0], "last.ckpt"]
+    assert step_of(run.last) == 6
+    assert "step 12 is not saved: the model's weights are no longer finite numbers" in caplog.text
+
+
 def test_a_failure_to_save_does_not_hide_the_failure_before_it(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
