@@ -33,8 +33,9 @@ HARMLESS: Final = re.compile(
     r"lightning\.(logger|modelcheckpoint|find_unused_parameters)\b"
     r"|lightning\.callbacks\.(image_logger|learning_rate_logger|cuda_callback|exposure_ledger)\b"
     r"|data\.params\.(num_workers|test|predict)\b"
-    r"|data\.params\.(train|validation)\.params\.(data_root|on_bad_image|cache_dir|shard_cache_dir|shard_cache_gib)$"
-    r"|data\.params\.train\.params\.sets\.\w+\.params\.(data_root|on_bad_image|cache_dir|shard_cache_dir)$"
+    # Where the data lies; whether it is the same is seen in the files.
+    r"|data\.params\.(train|validation)\.params\.(sets\.[^.]+\.params\.)?"
+    r"(data_root|shards|on_bad_image|cache_dir|shard_cache_dir|shard_cache_gib)$"
     # Read once before the run began, or the same numbers by another way.
     r"|model\.params\.(monitor|log_every_t|ckpt_path|ignore_keys)$"
     r"|model\.params\.\w+\.params\.(use_checkpoint|ckpt_path|monitor)$"

@@ -101,6 +101,7 @@ def test_a_command_that_fails_is_told_with_what_it_wrote(tmp_path: Path, monkeyp
         Trial(tmp_path, "failing").train([])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_continued_is_proved_to_be_the_same(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

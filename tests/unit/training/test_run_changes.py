@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ldm.training.run import main
-from ldm.training.run_changes import Changes, find_changes, question, session_of
+from ldm.training.run_changes import HARMLESS, Changes, find_changes, question, session_of
 from ldm.training.run_record import read_record, write_record
 from tests.unit.training.test_run import YAML
 from tests.unit.training.toy import make_pictures
@@ -74,6 +74,13 @@ def test_harmless_changes_are_told_and_recorded(folder: Path, capsys: pytest.Cap
     record = read_record(folder)
     assert record is not None
     assert record["sessions"][1]["changes"] == told.split("; ")
+
+
+@pytest.mark.parametrize("name", ["data_root", "shards", "cache_dir"])
+def test_where_data_lies_is_harmless_also_inside_a_mixture(name: str) -> None:
+    assert HARMLESS.match(f"data.params.train.params.{name}")
+    assert HARMLESS.match(f"data.params.train.params.sets.my faces.params.{name}")
+    assert not HARMLESS.match(f"data.params.train.params.{name}_else")
 
 
 def test_data_that_was_moved_or_touched_has_not_changed(folder: Path) -> None:
