@@ -60,11 +60,14 @@ _Result = TypeVar("_Result")
 _ORIENTATION_TAG: Final = 0x0112
 _SAMPLES: Final = {0: 3.0, 1: 2.0, 2: 1.5}  # values a pixel, by Pillow's number of a JPEG's chroma sampling
 _BITS_TAG: Final = 0x0102
+_TILE_WIDTH_TAG: Final = 0x0142
+_TILE_LENGTH_TAG: Final = 0x0143
 _XMP_KEY: Final = "xmp"
 _OUR_XMP_KEY: Final = "xmp set aside"
 _XMP_ORIENTATION: Final = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _EXIF_INTEGERS: Final = {1: "B", 3: "H", 4: "L"}  # the types byte, short and long, as struct names them
 _MODE_BITS: Final = {"1": 1, "I": 32, "F": 32}
+_MOST_PAGES: Final = 1000
 _PNG_SIGNATURE_BYTES: Final = 8
 _PNG_MOST_CHUNKS: Final = 100_000
 _PNG_LONGEST_NOTE: Final = 1 << 20
@@ -81,7 +84,7 @@ class PictureHeader:
         mode: Pillow's name of the pixels' kind, such as ``"RGB"``, ``"RGBA"``, ``"I;16"`` or ``"CMYK"``.
         orientation: the EXIF orientation, 1 to 8; 1 is upright.
         frames: pictures in the file: more than 1 in an animation or a file of pages, of which the first is
-            trained on.
+            trained on. Pages are counted up to 1,000.
         bits: bits a channel as stored; 8 in most pictures.
         transparent: whether parts of it may be transparent (which is laid on white).
         file_bytes: size of the file in bytes.
@@ -269,7 +272,8 @@ def decode_bytes(image: ImageFile.ImageFile, scale: int = 1) -> int:
     if image.format == "WEBP" or image.format == "AVIF":
         return 16 * pixels  # the reader's two canvases, its output and Pillow's copy
     if image.format == "TIFF":
-        return (4 + channels * max(1, _bits(image) // 8)) * pixels  # one strip may hold the whole picture
+        # One strip may hold the whole picture, and one tile more than that.
+        return 4 * pixels + channels * max(1, _bits(image) // 8) * max(pixels, _tile_pixels(image))
     if _format_of(image) == "JPEG":
         # A progressive JPEG's coefficients, of 2 bytes, are all held until its last scan.
         held = 2 * _SAMPLES.get(JpegImagePlugin.get_sampling(image), channels) if image.info.get("progressive") else 0
@@ -373,13 +377,31 @@ def _bits(image: ImageFile.ImageFile) -> int:
     return 16 if image.mode.startswith("I;16") else _MODE_BITS.get(image.mode, 8)
 
 
+def _tile_pixels(image: ImageFile.ImageFile) -> int:
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(_TILE_WIDTH_TAG), tags.get(_TILE_LENGTH_TAG)
+    return width * height if isinstance(width, int) and isinstance(height, int) else 0
+
+
 def _count_frames(image: ImageFile.ImageFile) -> int:
     if image.format == "MPO":
         return 1
     try:
+        if image.format == "TIFF":
+            return _count_pages(image)
         return max(1, int(getattr(image, "n_frames", 1)))
     except DECODER_ERRORS:
         return 1  # the first is sound, what follows it is not
+
+
+def _count_pages(image: ImageFile.ImageFile) -> int:
+    """Count a TIFF's pages up to a limit: Pillow looks each up among all before it, for hours where there are many."""
+    for page in range(1, _MOST_PAGES):
+        try:
+            image.seek(page)
+        except EOFError:
+            return page
+    return _MOST_PAGES
 
 
 def _tiff_orientation(image: ImageFile.ImageFile) -> object:

@@ -1,5 +1,6 @@
 import io
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -140,10 +141,11 @@ def test_a_stream_gives_the_same_header_as_its_file(tmp_path: Path) -> None:
         (encode(Image.new("I;16", (4, 4)), "PNG"), ("PNG", "I;16", 16, False, 1)),
         (encode(PICTURE, "PNG", save_all=True, append_images=[PICTURE.rotate(180)]), ("PNG", "RGB", 8, False, 2)),
         (encode(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(180)]), ("GIF", "P", 8, False, 2)),
+        (encode(PICTURE, "TIFF", save_all=True, append_images=[PICTURE] * 2), ("TIFF", "RGB", 8, False, 3)),
         (encode(PICTURE, "BMP"), ("BMP", "RGB", 8, False, 1)),
         (encode(Image.new("F", (4, 4)), "TIFF"), ("TIFF", "F", 32, False, 1)),
     ],
-    ids=["jpeg", "mpo", "cmyk", "rgba", "palette", "16 bit", "apng", "gif", "bmp", "float"],
+    ids=["jpeg", "mpo", "cmyk", "rgba", "palette", "16 bit", "apng", "gif", "pages", "bmp", "float"],
 )
 def test_a_header_tells_what_training_will_have_to_convert(content: bytes, expected: tuple[object, ...]) -> None:
     header = read_header(io.BytesIO(content))
@@ -239,3 +241,26 @@ def test_remarks_about_damaged_camera_data_stay_off_the_console(tmp_path: Path) 
 
     assert "Warning" in console("bare")
     assert console("ours") == ""
+
+
+def tiff_page(tags: dict[int, int], following: int = 0) -> bytes:
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
+
+
+def test_a_tiff_of_very_many_pages_is_not_walked_to_its_end(tmp_path: Path) -> None:
+    tags = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 8, 278: 8, 279: 64}
+    pages, length = 3000, len(tiff_page(tags))
+    content = b"II*\0" + struct.pack("<I", 72) + b"\x10" * 64
+    content += b"".join(tiff_page(tags, 72 + page * length if page < pages else 0) for page in range(1, pages + 1))
+    path = tmp_path / "pages.png"
+    path.write_bytes(content)
+    assert read_header(path).frames == 1000
+
+
+def test_a_tile_counts_that_is_larger_than_its_picture(tmp_path: Path) -> None:
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: 40_000, 323: 40_000, 324: 8, 325: 4}
+    path = tmp_path / "tile.png"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 12) + b"\0" * 4 + tiff_page(tags))
+    with pytest.raises(OSError, match="too large to decode safely"):
+        read_header(path)
