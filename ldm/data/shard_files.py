@@ -38,6 +38,7 @@ ATTEMPTS: Final = 6
 
 _BRACES: Final = re.compile(r"\{([^{}]*)\}")
 _RANGE: Final = re.compile(r"(\d+)\.\.(\d+)")
+_DIGITS: Final = re.compile(r"[0-9]{1,18}")
 _GLOB: Final = re.compile(r"[*?\[]")
 _CHUNK_BYTES: Final = 1 << 16  # of what a broken connection had sent, less than this is lost
 _TIMEOUT_SECONDS: Final = (15.0, 60.0)  # to connect, and between two pieces of the answer
@@ -434,6 +435,8 @@ class ShardFiles:
                 raise BadAnswerError(f"asked for bytes from {had}, got {answer.headers.get('Content-Range')}")
             start = had if goes_on else 0
             stated = answer.headers.get("Content-Length")
+            if stated is not None and not _DIGITS.fullmatch(stated):
+                raise BadAnswerError(f"it states a length of {stated[:40]!r} bytes")
             length = start + int(stated) if stated is not None else None
             if length is not None:
                 self._make_room(url, length)
@@ -442,6 +445,8 @@ class ShardFiles:
             with open(part, "ab" if goes_on else "wb") as file:
                 for chunk in answer.iter_content(_CHUNK_BYTES):
                     file.write(chunk)
+                    if length is None and file.tell() > self._cache_bytes:  # it need never end
+                        self._make_room(url, file.tell())
         have = _size(part)
         if length is None:
             self._note(url, {"url": public_name(url), "length": have, "stamp": stamp})

@@ -17,7 +17,7 @@ class FileServer:
     Attributes:
         url: its address, ending with a slash.
         files: content by path, without a leading slash.
-        headers: further headers of an answer, by path.
+        headers: further headers of an answer, or other values of the usual ones, by path; an empty one is not sent.
         requests: path and Range header of each request, in turn.
         drop_after: by path, how many bytes the next answers send before the connection breaks, in turn.
         statuses: by path, what the next requests are answered with, in turn.
@@ -59,10 +59,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("ETag", stamp)
-        self.send_header("Content-Length", str(len(content) - start))
-        for name, value in state.headers.get(path, {}).items():
-            self.send_header(name, value)
+        usual = {"ETag": stamp, "Content-Length": str(len(content) - start)}
+        for name, value in (usual | state.headers.get(path, {})).items():
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         if state.drop_after.get(path):
             content = content[: start + state.drop_after[path].pop(0)]

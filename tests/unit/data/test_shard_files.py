@@ -215,3 +215,18 @@ def test_a_copy_that_is_damaged_is_fetched_once_more(server: FileServer, tmp_pat
     server.files["00001.tar"] = whole[:2000]
     index = files_at(server, tmp_path).index(1)
     assert (len(index), index.damage) == (3, "")
+
+
+@pytest.mark.parametrize("stated", ["many", "-5", "9" * 5000])
+def test_a_length_that_is_no_number_is_told_with_its_url(server: FileServer, tmp_path: Path, stated: str) -> None:
+    server.headers["00001.tar"] = {"Content-Length": stated}
+    with pytest.raises(OSError, match=r"00001\.tar: cannot be fetched: it states a length of"):
+        files_at(server, tmp_path).local_path(1)
+
+
+def test_an_answer_without_length_ends_where_there_is_no_more_room(server: FileServer, tmp_path: Path) -> None:
+    server.files["00001.tar"] = bytes(1 << 20)
+    server.headers["00001.tar"] = {"Content-Length": "", "Connection": "close"}
+    with pytest.raises(OSError, match=r"00001\.tar: its .* GiB are more than shard_cache_gib"):
+        files_at(server, tmp_path, cache_gib=(1 << 18) / (1 << 30)).local_path(1)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.part")) < 1 << 19
