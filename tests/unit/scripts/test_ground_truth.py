@@ -202,6 +202,16 @@ def test_fetched_pictures_are_named_by_their_captions(tmp_path: Path) -> None:
     assert not shard.exists()
 
 
+def test_a_caption_may_make_a_name_as_long_as_any_can_be(tmp_path: Path) -> None:
+    caption = "\N{CJK UNIFIED IDEOGRAPH-732B}" * 80
+    shard = fetched_shard(tmp_path / "shards", 0, [caption])
+    target = tmp_path / "out" / "cats"
+    target.mkdir(parents=True)
+    assert unpack_shards(shard.parent, target) == (1, 0)
+    (name,) = (path.name for path in target.iterdir())
+    assert 250 < len(name.encode()) <= 255
+
+
 def test_a_shard_that_is_not_finished_is_left_for_the_next_time(tmp_path: Path) -> None:
     folder, target = tmp_path / "shards", tmp_path / "laion"
     target.mkdir()
