@@ -263,7 +263,7 @@ class DiskEntries:
         """Delete what writers that were killed have left behind, but nothing that may still be being written."""
         before = time.time() - _ABANDONED_SECONDS
         for partial in self.folder.glob(f"*/*{_PARTIAL}"):
-            with suppress(FileNotFoundError):  # its writer was alive after all
+            with suppress(OSError):  # its writer was alive after all, or the folder may only be read
                 if partial.stat().st_mtime < before:
                     partial.unlink()
 

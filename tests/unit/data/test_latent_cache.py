@@ -142,6 +142,21 @@ def test_only_old_leftovers_are_tidied_away(tmp_path: Path) -> None:
     assert torch.equal(disk.read(KEY), moments())
 
 
+def test_leftovers_in_a_folder_that_may_only_be_read_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = DiskEntries(tmp_path)
+    disk.write(KEY, moments())
+    old = disk.path(KEY).with_name("old.partial")
+    old.write_bytes(b"half")
+    os.utime(old, (0, 0))
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    disk.tidy()
+    assert torch.equal(disk.read(KEY), moments())
+
+
 def write_repeatedly(folder: str) -> None:
     disk = DiskEntries(folder)
     for _ in range(50):
