@@ -107,7 +107,9 @@ def test_a_damaged_header_in_the_middle_is_no_end(tmp_path: Path) -> None:
     assert "is damaged after byte" in index.damage
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 2000, gzip.compress(b"\0" * 2000, mtime=0)], ids=["empty", "text", "gzip"])
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 2000, gzip.compress(b"\0" * 2000, mtime=0)], ids=["empty", "text", "gzip"]
+)
 def test_a_file_that_is_no_tar_is_told(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "not.tar"
     path.write_bytes(content)
