@@ -123,6 +123,26 @@ class RunCheckpoint(ModelCheckpoint):
         """The optimiser step of the newest file."""
         return self._last_global_step_saved
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back which checkpoints are the best, as many of them as this run keeps (Lightning takes all).
+
+        Files beyond those stay where they are: a lower ``save_top_k`` deletes nothing of what was kept before.
+        """
+        super().load_state_dict(state_dict)
+        best_first = sorted(self.best_k_models, key=lambda path: self.best_k_models[path], reverse=self.mode == "max")
+        surplus = best_first[self.save_top_k :] if self.save_top_k >= 0 else []
+        for path in surplus:
+            del self.best_k_models[path]
+        if surplus:
+            logger.info(
+                "save_top_k is %d now; left to you, and never deleted by the run: %s",
+                self.save_top_k,
+                ", ".join(surplus),
+            )
+        if self.best_k_models and len(self.best_k_models) == self.save_top_k:
+            self.kth_best_model_path = best_first[self.save_top_k - 1]
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting."""
         super().on_train_start(trainer, pl_module)

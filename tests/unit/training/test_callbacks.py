@@ -105,6 +105,23 @@ def test_the_newest_are_still_counted_in_a_resumed_run(pictures: Path, tmp_path:
     assert names(second) == ["epoch=00-step=00006.ckpt", "last.ckpt", "newest-epoch=02-step=00018.ckpt"]
 
 
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (-1, 1), (3, 2), (1, 3), (2, 2)])
+def test_a_resumed_run_can_keep_more_or_fewer_of_the_best(
+    before: int, after: int, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(top_k: int, epochs: int, **more: Any) -> ToyRun:
+        model = ToyDiffusion(monitor="val/loss")
+        return toy_run(tmp_path, pictures, model=model, max_epochs=epochs, **saving(save_top_k=top_k), **more)
+
+    first = run(before, 3)
+    surplus = max(0, len(list(first.directory.checkpoints.glob("epoch*"))) - after)
+    with caplog.at_level("INFO"):
+        resumed = run(after, 5, checkpoint=first.last)
+    assert resumed.trainer.current_epoch == 5
+    assert len(list(first.directory.checkpoints.glob("epoch*"))) == after + surplus
+    assert ("never deleted by the run" in caplog.text) == (surplus > 0)
+
+
 def test_checkpoints_by_time_are_made_at_complete_steps_and_last_ckpt_follows(pictures: Path, tmp_path: Path) -> None:
     class TwoHoursPass(pl.Callback):
         """Lets the clock jump between two batches of one optimiser step."""
