@@ -198,7 +198,7 @@ class RunSummary:
         weights: where the weights came from.
         images: pictures by subfolder; empty for data sets that do not say.
         exposures: how often an epoch shows them, by subfolder; empty where all are shown ``repeats`` times.
-        shapes: pictures by the size they are trained at (width, height); empty where there is but one.
+        shapes: pictures by the size they are trained at (width, height); empty for data sets that do not say.
         training_set: what the training set is called where it does not list pictures.
         repeats: how often an epoch shows each picture; None for data sets without repeats.
         left_out: files that are not used.
@@ -255,7 +255,7 @@ class RunSummary:
             lines.append(f"left out: {plural(len(self.left_out), 'file')} (named above)")
         if self.repeats is not None:
             lines.append(f"repeats: {self.repeats}")
-        if len(self.shapes) > 1:
+        if self.shapes:
             most_first = sorted(self.shapes.items(), key=lambda shape: (-shape[1], shape[0]))
             lines.append("shapes: " + ", ".join(f"{width}x{height} {count}" for (width, height), count in most_first))
         return lines
