@@ -328,7 +328,14 @@ def count_steps(
     if not isinstance(train, EveryDreamBatch):
         period = MOST_EPOCHS + 1
     different = range(min(period, settings.epochs or period, MOST_EPOCHS))
-    training = [batches(train, epoch, trainer.get("limit_train_batches")) for epoch in different]
+    overfit = trainer.get("overfit_batches") or 0
+    name = "overfit_batches" if overfit else "limit_train_batches"
+    training = [batches(train, 0 if overfit else epoch, trainer.get(name)) for epoch in different]
+    if not any(training):
+        reason = (
+            f"lightning.trainer.{name} {trainer[name]} leaves none of {batches(train, 0, None)} batches to train on"
+        )
+        return None, [Finding(settings.data_root, "error", "refused", reason, f"raise {name}")]
     exposures = [train.epoch_length(epoch) for epoch in different]
     alike = len(set(training)) == 1 and len(set(exposures)) == 1
     limits = [settings.max_steps]

@@ -140,6 +140,18 @@ def test_the_training_command_can_be_given_as_it_is(tmp_path: Path, check: Check
     assert (result["settings"]["devices"], result["figures"]["steps"]["training"]) == (2, [3])
 
 
+def test_a_run_that_overfits_takes_only_those_batches(tmp_path: Path, check: Check) -> None:
+    add_good_pictures(tmp_path / "data", 24)
+    steps = check(tmp_path / "data", "--overfit_batches", "2", "--max_epochs", "3")["figures"]["steps"]
+    assert (steps["training"], steps["total"]) == ([2], 6)
+
+
+def test_a_limit_that_leaves_nothing_to_train_on_is_an_error_as_it_is_in_training(tmp_path: Path, check: Check) -> None:
+    add_good_pictures(tmp_path / "data", 24)
+    result = check(tmp_path / "data", "--limit_train_batches", "0.0001")
+    assert (kinds(result), result["status"]) == ({(str(tmp_path / "data"), "refused")}, 2)
+
+
 @pytest.mark.parametrize("name", ["everydream", "micro", "tiny"])
 def test_every_shipped_yaml_can_be_checked_for(tmp_path: Path, project_root: Path, name: str) -> None:
     base = project_root / "configs" / "stable-diffusion" / f"v1-finetune_{name}.yaml"
