@@ -18,7 +18,7 @@ LOG_PREFIX: Final = ".captions-undo-"
 class FileChanges:
     """Changes below a folder, as a context: all of them, or after an error none.
 
-    Each change is noted in a log in the folder before it happens, so that what a power cut leaves can be undone too.
+    Each change is noted in a log in the folder before it happens, so that what a crash leaves can be undone too.
     Every file has its old name or its new one at any time, never a third.
 
     Args:
@@ -134,7 +134,7 @@ def _read_log(log: Path) -> list[dict[str, Any]]:
         try:
             change = json.loads(line)
         except ValueError:
-            if number == len(lines):  # a power cut in the middle of the line: the change had not begun
+            if number == len(lines):  # a crash in the middle of the line: the change had not begun
                 break
             change = None
         if not _is_change(change):
