@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -142,11 +143,7 @@ def test_a_resume_with_another_batch_size_still_shows_each_exposure_once(shapes:
 
 
 def test_a_fraction_of_a_showing_is_made_up_for_over_epochs(shapes: Path, tmp_path: Path) -> None:
-    multiplied = tmp_path / "pictures"
-    for picture in shapes.rglob("*.png"):
-        target = multiplied / picture.relative_to(shapes)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(picture.read_bytes())
+    multiplied = shutil.copytree(shapes, tmp_path / "pictures")
     (multiplied / "square" / "multiply.txt").write_text("0.5")
     (multiplied / "wide" / "multiply.txt").write_text("2")
     (multiplied / "strip" / "multiply.txt").write_text("0")
@@ -159,11 +156,7 @@ def test_a_fraction_of_a_showing_is_made_up_for_over_epochs(shapes: Path, tmp_pa
 
 
 def test_a_run_in_fractions_can_be_resumed_in_an_epoch(shapes: Path, tmp_path: Path) -> None:
-    multiplied = tmp_path / "pictures"
-    for picture in shapes.rglob("*.png"):
-        target = multiplied / picture.relative_to(shapes)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(picture.read_bytes())
+    multiplied = shutil.copytree(shapes, tmp_path / "pictures")
     (multiplied / "square" / "multiply.txt").write_text("0.5")
     options: dict[str, Any] = {"batch_size": 2, "repeats": 1, "max_epochs": 3}
     whole = toy_run(tmp_path / "whole", multiplied, **options)
