@@ -212,17 +212,32 @@ def _one_kind(
     yield f"{mark}: {KINDS[kind].title} ({len(members):,})"
     # "1 more" would take the line that the path takes.
     most = len(members) if show_all or len(members) == PATHS_SHOWN[severity] + 1 else PATHS_SHOWN[severity]
+    remedies = sorted({one.remedy for one in members})
+    # Few remedies stand below all paths; where there are many, each belongs to its own path.
+    each_its_own = len(remedies) > REMEDIES_SHOWN
     for one in members[:most]:
         path, reason = printable(result.below_root(one.path)), printable(result.without_root(one.reason))
         yield f"  {path}: {reason}" if reason else f"  {path}"
+        if each_its_own:
+            yield from _arrow(printable(result.without_root(one.remedy)), width, indent=4)
     if most < len(members):
         yield f"  ... and {len(members) - most:,} more (--all shows them)"
-    for remedy in sorted({one.remedy for one in members})[:REMEDIES_SHOWN]:
-        text = f"-> {printable(result.without_root(remedy))}"
-        yield from textwrap.wrap(
-            text, width, initial_indent="  ", subsequent_indent="     ", break_long_words=False, break_on_hyphens=False
-        )
+    for remedy in [] if each_its_own else remedies:
+        yield from _arrow(printable(result.without_root(remedy)), width, indent=2)
     yield ""
+
+
+def _arrow(remedy: str, width: int, indent: int) -> list[str]:
+    """Lay out what to do behind an arrow."""
+    first, rest = " " * indent, " " * (indent + 3)
+    return textwrap.wrap(
+        f"-> {remedy}",
+        width,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

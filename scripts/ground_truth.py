@@ -240,7 +240,7 @@ def caption_all(folder: Path, text: str, dry_run: bool = False) -> tuple[int, li
     """
     pictures = list(pictures_below(folder))
     if not pictures:
-        raise ValueError(f"{folder}: holds no pictures")
+        raise ValueError(f"{folder}: {'holds no pictures' if folder.is_dir() else 'there is no such folder'}")
     captioned = [path for path in pictures if any(path.with_suffix(suffix).exists() for suffix in SIDECAR_SUFFIXES)]
     if captioned:
         raise ValueError(
@@ -442,6 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(changes) > NAMED_CHANGES:
         print(f"... and {len(changes) - NAMED_CHANGES:,} more")
     print(f"{len(changes):,} of {pictures:,} pictures {'would get' if options.dry_run else 'got'} a new name")
+    if changes and not options.dry_run:
+        print(f'take back with: python scripts/captions.py undo --data_root "{options.folder}"')
     return 0
 
 

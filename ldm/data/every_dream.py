@@ -205,7 +205,8 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         if scan.problems:
             # The folder has to be put right anyway: name what else would stop the next attempt.
             broken = find_broken_pictures([picture.path for picture in scan.pictures])
-            lines = broken_picture_lines(broken, len(scan.pictures)) if on_bad_image == "error" else []
+            keys = [f"data.params.{split}.params.on_bad_image" for split in ("train", "validation")]
+            lines = broken_picture_lines(broken, len(scan.pictures), keys) if on_bad_image == "error" else []
             raise ValueError("\n".join(scan.problems + lines))
         self.pictures = scan.pictures
         self.folder_counts = scan.folder_counts
@@ -219,8 +220,10 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
 
     @property
     def empty_captions(self) -> list[str]:
-        """Pictures without a caption (nothing precedes the first underscore), by path."""
-        return [picture.path for picture in self.pictures if not picture.caption]
+        """Pictures whose names give no caption (nothing precedes the first underscore), by path."""
+        return [
+            picture.path for picture in self.pictures if not picture.caption and picture.caption_source == "file name"
+        ]
 
     @property
     def epochs_differ(self) -> bool:

@@ -132,10 +132,14 @@ class Mixture(Dataset[dict[str, Any]]):
         seed: int = 23,
     ) -> None:
         shares = parse_ratio(ratio)
-        if shares.keys() != sets.keys():
+        unknown = [name for name in shares if name not in sets]
+        if unknown:
             raise ValueError(
-                f"ratio names {', '.join(shares)}, and sets holds {', '.join(sets) or 'none'}: they must be the same"
+                f"ratio names {', '.join(unknown)}, which sets does not hold; it has {', '.join(sets) or 'none'}"
             )
+        left_out = [name for name in sets if name not in shares]
+        if left_out:
+            logger.info("left out of the mixture, since ratio does not name them: %s", ", ".join(left_out))
         if set not in (None, "train"):
             raise ValueError(f"set {set!r}: a mixture is for training; validate on one set")
         cached = [

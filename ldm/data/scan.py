@@ -136,6 +136,7 @@ class _Walk:
         self.broken: list[str] = []
         self.link_warnings: list[str] = []
         self.empty_sidecars: list[str] = []
+        self.half_listed: list[str] = []
         self.idle_settings: list[str] = []
         self.pictures: dict[str, list[Picture]] = {}
         self.real_folders: dict[str, str] = {}
@@ -286,6 +287,7 @@ class _Walk:
         stems = [name.rpartition(".")[0] for name in names]
         self.note_orphans(folder, frozenset(stems))
         listed = self.read_lists(folder, frozenset(names))
+        unlisted = 0
         with_sidecars = any(folder.sidecars)
         read: dict[str, tuple[str, str]] = {}  # pictures of one stem share a sidecar
         pictures = []
@@ -298,7 +300,13 @@ class _Walk:
                 found = (listed[name].text, "jsonl")
             else:
                 found = (caption_from_file_name(name), "file name")
+                unlisted += 1
             pictures.append(Picture(path_prefix + file_name, name_prefix + name, folder.name, *found))
+        if listed and unlisted:
+            self.half_listed.append(
+                f"{folder.path}: the list of captions there leaves out {unlisted} of {len(pictures)} pictures, whose "
+                "file names are their captions"
+            )
         return pictures
 
     def note_twins(self, folder: _Folder, names: Sequence[str]) -> None:
@@ -395,7 +403,8 @@ class _Walk:
                 self.too_deep,
                 lambda name: (
                     f"{os.path.join(self.data_root, *name.split('/'))}: lies deeper than one layer of "
-                    f"subfolders; move it up into {os.path.join(self.data_root, name.split('/')[0])}"
+                    f"subfolders; move it up into {os.path.join(self.data_root, name.split('/')[0])}, or set "
+                    "recursive: True in data.params.train.params and data.params.validation.params"
                 ),
             ),
             *self.name_some(self.broken),
@@ -403,6 +412,7 @@ class _Walk:
         scan.warnings = [
             *self.name_some(self.link_warnings),
             *self.name_some(self.idle_settings, lambda path: f"{path}: has no effect, since no picture lies beside it"),
+            *self.name_some(self.half_listed),
             *self.name_some(self.empty_sidecars, lambda path: f"{path}: is empty, and so is the caption"),
         ]
         if not scan.pictures and not scan.problems:

@@ -290,6 +290,7 @@ class WebShards(Dataset[dict[str, Any]]):
         self._files = ShardFiles(self.shards, shard_cache_dir or DEFAULT_CACHE_DIR, shard_cache_gib)
         self._row = ShardRow(len(self.shards), self._count, seed, shuffle_shards, shuffle=is_training)
         self._counts: dict[int, int] = {}
+        self._told: dict[str, None] = {}  # damaged pictures that this process has named
         self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
         self._length: int | None = None
         self._planned: tuple[int, npt.NDArray[np.int32]] | None = None
@@ -447,7 +448,9 @@ class WebShards(Dataset[dict[str, Any]]):
             if self.on_bad_image == "error":
                 raise
             # The plan of the epoch counts on an item here: it gets one that teaches nothing.
-            logger.warning("skipped %s", error)
+            if path not in self._told:
+                self._told[path] = None
+                logger.warning("skipped, also at later showings: %s", error)
             pixels, weight = np.full((training_height, training_width, 3), 127, dtype=np.uint8), 0.0
         return {
             **self._shown(pixels, path, placement),

@@ -228,6 +228,19 @@ def test_pictures_of_two_sets_are_decoded_once(root: str, monkeypatch: pytest.Mo
     assert len(checked) == 3
 
 
+def test_the_remedy_beside_other_problems_names_whole_keys(make_root: MakeRoot) -> None:
+    root = make_root("a/b.png", "a/deep/c.png")
+    (root / "a" / "cut.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"data\.params\.train\.params\.on_bad_image=skip data\.params\.validation"):
+        EveryDreamBatch(str(root))
+
+
+def test_an_empty_caption_file_is_no_matter_of_the_name(make_root: MakeRoot) -> None:
+    root = make_root("a/b.png", "a/_c.png")
+    (root / "a" / "b.txt").write_text("")
+    assert [Path(path).name for path in EveryDreamBatch(str(root)).empty_captions] == ["_c.png"]
+
+
 def test_a_picture_that_vanished_is_an_error_that_names_it(root: str) -> None:
     dataset = EveryDreamBatch(root, size=8)
     assert len(dataset[0]["image"])

@@ -268,7 +268,7 @@ def test_epochs_follow_each_other_without_a_gap() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"ratio": "man 1 : ffhq 1"}, "ratio names man, ffhq, and sets holds man, laion"),
+        ({"ratio": "man 1 : ffhq 1"}, "ratio names ffhq, which sets does not hold; it has man, laion"),
         ({"data_root": None}, "set man has no data_root: add --data_root"),
         ({"size": 7}, "set man: EveryDreamBatch: size 7"),
         ({"set": "val"}, "a mixture is for training"),
@@ -279,6 +279,13 @@ def test_epochs_follow_each_other_without_a_gap() -> None:
 def test_a_mixture_that_cannot_be_made_is_refused(make: Make, params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**params)
+
+
+def test_a_set_that_the_ratio_does_not_name_is_left_out_and_told(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        mixture = make(ratio="laion 1")
+    assert list(mixture.parts) == ["laion"]
+    assert "since ratio does not name them: man" in caplog.text
 
 
 def test_problems_of_all_sets_are_told_at_once(make: Make) -> None:

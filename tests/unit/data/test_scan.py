@@ -102,7 +102,7 @@ def test_a_picture_below_the_layer_is_a_problem_that_says_where_it_goes(make_roo
     root = make_root("a/1.png", "a/b/c/deep.png")
     (problem,) = scan_data_root(str(root)).problems
     assert str(root / "a" / "b" / "c" / "deep.png") in problem
-    assert problem.endswith(f"move it up into {root / 'a'}")
+    assert problem.split(", or set recursive: True")[0].endswith(f"move it up into {root / 'a'}")
 
 
 def test_other_files_below_the_layer_are_left_out(make_root: MakeRoot) -> None:
@@ -255,3 +255,13 @@ def test_a_picture_that_is_a_link_to_nothing_is_left_to_its_reader(make_root: Ma
     (root / "a" / "2.png").symlink_to("nowhere")
     scan = scan_data_root(str(root))
     assert (len(scan.pictures), scan.problems) == (2, [])
+
+
+def test_pictures_that_a_list_leaves_out_are_told(make_root: MakeRoot) -> None:
+    root = make_root("a/1.png", "a/2.png", "a/3.png", "b/1.png")
+    (root / "a" / "captions.jsonl").write_text('{"file_name": "1.png", "text": "a cat"}\n')
+    (root / "a" / "2.txt").write_text("a dog")
+    (line,) = scan_data_root(str(root)).warnings
+    assert line == (
+        f"{root / 'a'}: the list of captions there leaves out 1 of 3 pictures, whose file names are their captions"
+    )
