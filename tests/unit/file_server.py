@@ -57,9 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Range") and self.headers.get("If-Range") in (None, stamp):
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         usual = {"ETag": stamp, "Content-Length": str(len(content) - start)}
+        if start:
+            usual["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         for name, value in (usual | state.headers.get(path, {})).items():
             if value:
                 self.send_header(name, value)

@@ -86,6 +86,18 @@ def test_the_frames_of_a_film_are_not_all_alike_because_neighbours_are() -> None
     assert not any({0, 59} <= set(group) for group in found)
 
 
+def test_all_of_a_group_look_like_its_first_picture_in_whatever_order_they_come() -> None:
+    start, end = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3))
+    shares = np.linspace(0, 1, 40)[:, None, None, None]
+    frames = (start * (1 - shares) + end * shares).astype(np.uint8)
+    frames = frames[np.random.default_rng(9).permutation(40)]
+    found = groups_of_lookalikes(frames)
+    assert len(found) > 3
+    for first, *others in found:
+        for other in others:
+            assert groups_of_lookalikes(frames[[first, other]]) == [[0, 1]]
+
+
 def test_no_and_one_picture_make_no_group() -> None:
     assert groups_of_lookalikes(np.empty((0, 16, 16, 3), np.uint8)) == []
     assert groups(scene(1)) == []

@@ -230,3 +230,11 @@ def test_an_answer_without_length_ends_where_there_is_no_more_room(server: FileS
     with pytest.raises(OSError, match=r"00001\.tar: its .* GiB are more than shard_cache_gib"):
         files_at(server, tmp_path, cache_gib=(1 << 18) / (1 << 30)).local_path(1)
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.part")) < 1 << 19
+
+
+def test_another_part_than_was_asked_for_is_not_put_behind_the_first(server: FileServer, tmp_path: Path) -> None:
+    server.files["00001.tar"] = bytes(200_000)
+    server.drop_after["00001.tar"] = [100_000]
+    server.headers["00001.tar"] = {"Content-Range": "bytes 0-99/100"}
+    with pytest.raises(OSError, match=r"asked for bytes from \d+, got bytes 0-99/100"):
+        files_at(server, tmp_path).local_path(1)
