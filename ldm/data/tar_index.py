@@ -44,7 +44,6 @@ _READ_ERRORS: Final = (
 
 _VERSION: Final = 2
 _BLOCK: Final = 512
-_NO_TEXT: Final = -1
 _TEXT: Final = 0
 _JSON: Final = 1
 
