@@ -19,6 +19,7 @@ from ldm.data.every_dream import EveryDreamBatch, check_pictures
 from ldm.data.exposure_set import ExposureSet
 from ldm.data.inspection import quick_look, summarise
 from ldm.data.mixture import Mixture
+from ldm.data.picture_header import PictureHeader
 from ldm.data.resume import TrainerProgress, saved_position, settle_resume
 from ldm.data.sampler import EpochBatches, EpochLoader
 from ldm.util import instantiate_from_config
@@ -137,8 +138,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 f"data.params.train.target {self.dataset_configs['train']['target']!r} is a validation set (each "
                 "picture once, always with the same noise); write target: ldm.data.every_dream.EveryDreamBatch"
             )
-        check_pictures((f"{key}.on_bad_image", dataset) for key, dataset in ours.items())
-        _tell_what_is_left_out(ours.values())
+        headers = check_pictures((f"{key}.on_bad_image", dataset) for key, dataset in ours.items())
+        _tell_what_is_left_out(ours.values(), headers)
         self.datasets = datasets
         self._check_batch_size()
 
@@ -332,9 +333,12 @@ def _folder_sets(key: str, dataset: Any) -> Iterator[tuple[str, EveryDreamBatch]
             yield from _folder_sets(f"{key}.sets.{name}.params", part)
 
 
-def _tell_what_is_left_out(datasets: Iterable[EveryDreamBatch]) -> None:
+def _tell_what_is_left_out(datasets: Iterable[EveryDreamBatch], headers: Mapping[str, PictureHeader]) -> None:
     """Name what is not used, or not as it may have been meant, each once for all splits."""
-    roots = list({os.path.realpath(dataset.data_root): dataset for dataset in datasets}.values())
+    first_of_root: dict[str, EveryDreamBatch] = {}
+    for dataset in datasets:
+        first_of_root.setdefault(os.path.realpath(dataset.data_root), dataset)
+    roots = list(first_of_root.values())
 
     def gathered(name: str) -> list[str]:
         return [item for dataset in roots for item in getattr(dataset, name)]
@@ -348,7 +352,7 @@ def _tell_what_is_left_out(datasets: Iterable[EveryDreamBatch]) -> None:
     )
     for line in gathered("scan_warnings"):
         logger.warning("%s", line)
-    for line in summarise(quick_look(roots)):
+    for line in summarise(quick_look(roots, headers)):
         logger.warning("%s", line)
     for dataset in roots:
         for folder, count in dataset.switched_off.items():

@@ -459,13 +459,18 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         return {**item, "loss_weight": torch.zeros(())} if isinstance(index, Filler) else item
 
 
-def check_pictures(datasets: Iterable[tuple[str, EveryDreamBatch]], decode: bool | None = None) -> None:
+def check_pictures(
+    datasets: Iterable[tuple[str, EveryDreamBatch]], decode: bool | None = None
+) -> dict[str, PictureHeader]:
     """Look at every picture of some data sets once, before a run trains on them.
 
     Args:
         datasets: each data set with the key path of its ``on_bad_image``, for the message.
         decode: decode every pixel, or only read the headers; None: decode where there are no more than
             ``MOST_DECODED`` pictures.
+
+    Returns:
+        The headers of the pictures that are sound, by path.
 
     Raises:
         ValueError: pictures cannot be read and not every set that holds them skips such; names all of them.
@@ -490,6 +495,7 @@ def check_pictures(datasets: Iterable[tuple[str, EveryDreamBatch]], decode: bool
     _leave_out_or_refuse(named, broken, len(paths))
     for _, dataset in named:
         dataset.know_headers(headers)
+    return {path: header for path, header in headers.items() if not isinstance(header, str) and path not in broken}
 
 
 def _leave_out_or_refuse(named: Sequence[tuple[str, EveryDreamBatch]], broken: Mapping[str, str], checked: int) -> None:

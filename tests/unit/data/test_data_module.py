@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch.utils.data import IterableDataset
 
 from ldm.data import every_dream
@@ -355,3 +356,11 @@ def test_the_trainer_can_overfit_on_a_few_batches(root: Root, trainer_arguments:
         warnings.simplefilter("ignore")
         pl.Trainer(**trainer_arguments, overfit_batches=2, max_epochs=2).fit(module, datamodule=build(root))
     assert module.shown[:2] == module.shown[2:]
+
+
+def test_what_looks_wrong_is_told_at_the_start(root: Root, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("CMYK", (80, 80)).save(Path(root) / "f0" / "a print.jpg")
+    with caplog.at_level(logging.WARNING):
+        build(root)
+    assert "a print.jpg" in caplog.text
+    assert "CMYK" in caplog.text
