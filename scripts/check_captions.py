@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from check_result import CaptionTokens
 
-from ldm.modules.encoders.tokenizer import MOST_CHUNKS, build_tokenizer
+from ldm.modules.encoders.tokenizer import MOST_CHUNKS, build_tokenizer, caption_ids
 
 DEFAULT_LENGTH: Final = 77
 """Tokens that Stable Diffusion's text encoder takes, begin and end included."""
@@ -42,6 +42,7 @@ def count_tokens(captions: Mapping[str, int], room: int) -> CaptionTokens:
     every = list(captions)
     for start in range(0, len(every), _AT_A_TIME):
         some = every[start : start + _AT_A_TIME]
+        tokenizer.backend_tokenizer.no_truncation()
         encoded = tokenizer.backend_tokenizer.encode_batch(some, add_special_tokens=False)
         for caption, encoding in zip(some, encoded, strict=True):
             lengths[caption] = len(encoding.ids)
@@ -67,5 +68,4 @@ def _split_words(tokens: Sequence[str]) -> Iterable[str]:
 def split_caption(caption: str) -> list[str]:
     """Split one caption into its tokens, as text; a part of a letter is shown as a replacement character."""
     tokenizer = build_tokenizer()
-    ids = tokenizer.backend_tokenizer.encode(caption, add_special_tokens=False).ids
-    return [tokenizer.decode([token]).strip() for token in ids]
+    return [tokenizer.decode([token]).strip() for token in caption_ids([caption])[0]]

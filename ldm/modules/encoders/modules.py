@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.modules.encoders.tokenizer import MOST_CHUNKS, build_tokenizer, split_into_chunks
+from ldm.modules.encoders.tokenizer import MOST_CHUNKS, build_tokenizer, caption_ids, split_into_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -212,8 +212,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         """
         tokenizer = build_tokenizer()
         cut = {}
-        for caption in captions:
-            ids = tokenizer.backend_tokenizer.encode(caption, add_special_tokens=False).ids
+        captions = list(captions)
+        for caption, ids in zip(captions, caption_ids(captions), strict=True):
             if len(ids) > self.most_caption_tokens:
                 cut[caption] = tokenizer.decode(ids[self.most_caption_tokens :]).strip()
         self._reported_captions.update(cut)
@@ -245,8 +245,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         tokenizer = build_tokenizer()
         rows: list[list[int]] = []
         numbers: list[range] = []
-        for caption in captions:
-            ids = tokenizer.backend_tokenizer.encode(caption, add_special_tokens=False).ids
+        for caption, ids in zip(captions, caption_ids(captions), strict=True):
             if len(ids) > self.most_caption_tokens and caption not in self._reported_captions:
                 self._reported_captions.add(caption)
                 logger.warning(

@@ -67,6 +67,23 @@ def build_tokenizer() -> CLIPTokenizer:
     )
 
 
+def caption_ids(captions: Sequence[str]) -> list[list[int]]:
+    """Turn captions into token ids, whole: without begin and end, neither cut nor padded.
+
+    Args:
+        captions: texts.
+
+    Returns:
+        The ids of each.
+    """
+    backend = build_tokenizer().backend_tokenizer
+    # Whoever calls the tokeniser with truncation leaves it switched on, for everyone in the process.
+    backend.no_truncation()
+    backend.no_padding()
+    # One by one: a batch would start threads, which loader processes that are forked later cannot do without.
+    return [backend.encode(caption, add_special_tokens=False).ids for caption in captions]
+
+
 def split_into_chunks(ids: Sequence[int], room: int, most: int) -> list[list[int]]:
     """Split a caption into chunks that are encoded separately, as web UIs split long prompts.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.modules.encoders.modules import ClassEmbedder, FrozenCLIPEmbedder, SpatialRescaler
-from ldm.modules.encoders.tokenizer import build_tokenizer, split_into_chunks
+from ldm.modules.encoders.tokenizer import build_tokenizer, caption_ids, split_into_chunks
 from ldm.util import instantiate_from_config
 from tests.unit.models.small import text_config
 
@@ -49,6 +49,13 @@ def test_a_caption_that_is_cut_is_named_once_with_what_it_loses(encoder, caplog)
 
 def test_checkpoint_keys_have_the_text_model_level(encoder):
     assert all(key.startswith("transformer.text_model.") for key in encoder.state_dict())
+
+
+def test_a_call_with_truncation_elsewhere_does_not_cut_captions_unsaid(encoder):
+    caption = "word " * 100
+    build_tokenizer()([caption], truncation=True, max_length=20, padding="max_length")
+    assert caption_ids([caption, "a cat"]) == [[2653] * 100, caption_ids(["a cat"])[0]]
+    assert list(encoder.cut_captions([caption])) == [caption]
 
 
 def test_an_unknown_version_is_not_fetched():
