@@ -29,11 +29,12 @@ from ldm.data.image_transform import (
     resolve_resize_mode,
     to_unit_range,
 )
+from ldm.data.items import placed, replayed
 from ldm.data.latent_cache import LatentCache, View, resolve_mode
 from ldm.data.picture_header import PictureHeader, read_headers
 from ldm.data.repeats import Repeats, ShownFolder
 from ldm.data.scan import FolderSettings, Picture, scan_data_root
-from ldm.exposure import EXPOSURE_COLUMNS, exposure_row, item_id, keyed_generator, uniform, uniform_pair
+from ldm.exposure import exposure_row, item_id, keyed_generator, uniform, uniform_pair
 
 logger = logging.getLogger(__name__)
 
@@ -407,10 +408,7 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         view = View(path, placement)
         return {
             **self._read_latents_or_pixels(view),
-            "path": path,
-            "training_size": torch.tensor(placement.size, dtype=torch.int64),
-            "crop": torch.tensor(placement.box, dtype=torch.float64),
-            "flip": placement.flip,
+            **placed(path, placement),
         }
 
     def replay(self, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -425,15 +423,7 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         Raises:
             OSError: the picture cannot be read.
         """
-        left, top, right, bottom = entry["crop"]
-        width, height = entry["size"]
-        return {
-            **self.read_pixels(entry["path"], Placement((width, height), (left, top, right, bottom), entry["flip"])),
-            "caption": entry["caption"],
-            "dropped": entry["dropped"],
-            "exposure": exposure_row(*(entry[column] for column in EXPOSURE_COLUMNS)),
-            "loss_weight": torch.tensor(entry["loss_weight"], dtype=torch.float32),
-        }
+        return replayed(entry, self.read_pixels)
 
     def _read_latents_or_pixels(self, view: View) -> dict[str, Any]:
         if self.latent_cache is not None and self.latent_cache.is_ready:

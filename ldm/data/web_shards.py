@@ -37,9 +37,10 @@ from ldm.data.image_transform import (
     resample_filter,
     to_unit_range,
 )
+from ldm.data.items import placed, replayed
 from ldm.data.shard_files import GIB, ShardFiles, expand_shards, is_url, public_name, shard_names
 from ldm.data.tar_index import ShardIndex, read_caption, read_member
-from ldm.exposure import EXPOSURE_COLUMNS, exposure_row, item_id, keyed_generator, uniform, uniform_pair
+from ldm.exposure import exposure_row, item_id, keyed_generator, uniform, uniform_pair
 
 logger = logging.getLogger(__name__)
 
@@ -493,23 +494,12 @@ class WebShards(Dataset[dict[str, Any]]):
         Raises:
             OSError: there is no such sample, or it cannot be read.
         """
-        left, top, right, bottom = entry["crop"]
-        width, height = entry["size"]
-        return {
-            **self.read_pixels(entry["path"], Placement((width, height), (left, top, right, bottom), entry["flip"])),
-            "caption": entry["caption"],
-            "dropped": entry["dropped"],
-            "exposure": exposure_row(*(entry[column] for column in EXPOSURE_COLUMNS)),
-            "loss_weight": torch.tensor(entry["loss_weight"], dtype=torch.float32),
-        }
+        return replayed(entry, self.read_pixels)
 
     def _shown(self, pixels: npt.NDArray[np.uint8], path: str, placement: Placement) -> dict[str, Any]:
         return {
             "image": pixels if self.as_bytes else to_unit_range(pixels),
-            "path": path,
-            "training_size": torch.tensor(placement.size, dtype=torch.int64),
-            "crop": torch.tensor(placement.box, dtype=torch.float64),
-            "flip": placement.flip,
+            **placed(path, placement),
         }
 
     def _read_sample(self, shard: int, sample: int) -> tuple[bytes, str]:
