@@ -354,8 +354,11 @@ def test_the_trainer_can_overfit_on_a_few_batches(root: Root, trainer_arguments:
     module = Predicting()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pl.Trainer(**trainer_arguments, overfit_batches=2, max_epochs=2).fit(module, datamodule=build(root))
+        data = build(root)
+        pl.Trainer(**trainer_arguments, overfit_batches=2, max_epochs=2).fit(module, datamodule=data)
     assert module.shown[:2] == module.shown[2:]
+    in_order = [data.datasets["train"][index]["exposure"].tolist() for index in range(4)]
+    assert module.shown[:2] == [in_order[:2], in_order[2:]]
 
 
 def test_what_looks_wrong_is_told_at_the_start(root: Root, caplog: pytest.LogCaptureFixture) -> None:

@@ -408,3 +408,4 @@ def test_leaving_pictures_out_renumbers_the_exposures(shapes: str) -> None:
     dataset.leave_out({str(Path(shapes) / "square" / "a square.png"): "broken"})
     assert len(dataset) == len(dataset.training_sizes(0)) == 4
     assert dataset.training_sizes(0).tolist() == [list(dataset[index]["image"].shape[1::-1]) for index in range(4)]
+    assert dataset.training_sizes(0).tolist() == [[48, 80], [88, 40]] * 2
