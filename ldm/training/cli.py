@@ -45,8 +45,6 @@ NAMING_FLAGS: Final[Mapping[str, str]] = {
 """Flags that say where a new run's folder goes and what it is called, beside ``--name``."""
 
 LATER_FLAGS: Final[Mapping[str, str]] = {
-    "--warm_optimizer": "starting a new run with a checkpoint's optimiser state",
-    "--on_oom": "splitting a batch that does not fit",
     "--memory_plan": "predicting memory before training",
 }
 """Flags that a later version brings, and the feature that each belongs to."""
@@ -56,9 +54,10 @@ LATER_FLAGS: Final[Mapping[str, str]] = {
 class Options:
     """What a command line said.
 
-    ``seed``, ``name``, ``postfix``, ``project``, ``logdir``, ``data_root``, ``actual_resume``, ``scale_lr``,
-    ``datadir_in_name``, ``debug`` and ``no_test`` also end up in the merged config's ``run`` section, where a
-    run reads them: there a saved config may have given what the command line left out.
+    ``seed``, ``name``, ``postfix``, ``project``, ``logdir``, ``data_root``, ``actual_resume``, ``warm_optimizer``,
+    ``on_nan``, ``on_oom``, ``scale_lr``, ``datadir_in_name``, ``debug`` and ``no_test`` also end up in the merged
+    config's ``run`` section, where a run reads them: there a saved config may have given what the command line left
+    out.
 
     Attributes:
         base: YAML files, merged from left to right.
@@ -75,6 +74,10 @@ class Options:
         no_test: whether to leave out the test after training.
         datadir_in_name: whether the run folder's name begins with the data folder's.
         actual_resume: checkpoint whose weights a new run starts from.
+        warm_optimizer: whether it starts with that checkpoint's optimiser state too.
+        on_bad_image: what is done about pictures that cannot be read: ``error``, ``skip``; None: as the data sets say.
+        on_nan: what is done about a loss or gradient that is no finite number: ``stop`` or ``skip``.
+        on_oom: what is done about a batch that does not fit into memory: ``stop`` or ``split``.
         data_root: folder of subfolders of pictures.
         gpus: numbers of GPUs such as ``0,``; None where the flag was not given.
         print_config: whether to show the merged config and end.
@@ -98,6 +101,10 @@ class Options:
     no_test: bool = False
     datadir_in_name: bool = True
     actual_resume: str | None = None
+    warm_optimizer: bool = False
+    on_bad_image: str | None = None
+    on_nan: str = "stop"
+    on_oom: str = "stop"
     data_root: str | None = None
     gpus: str | None = None
     print_config: bool = False
@@ -167,6 +174,16 @@ def _check_together(fields: dict[str, Any], problems: list[str]) -> None:
         problems.append(
             "--actual_resume and -r/--resume exclude each other: -r continues a run from its own checkpoint, "
             "--actual_resume starts a new run; leave out one"
+        )
+    if fields.get("warm_optimizer") and fields.get("resume"):
+        problems.append(
+            "--warm_optimizer and -r/--resume exclude each other: -r takes all of the run's state; "
+            "leave out --warm_optimizer"
+        )
+    elif fields.get("warm_optimizer") and not fields.get("actual_resume"):
+        problems.append(
+            "--warm_optimizer starts a new run with a checkpoint's optimiser state: name the checkpoint with "
+            "--actual_resume CKPT"
         )
     if fields.get("accept_changes") and not fields.get("resume"):
         problems.append(
@@ -391,6 +408,9 @@ def _build_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
         metavar="CKPT",
         help="start a new run from a checkpoint's weights (.ckpt or .safetensors)",
     )
+    add_boolean(
+        what, "--warm_optimizer", help="with --actual_resume: take the optimiser's state from that checkpoint too"
+    )
     add(
         what,
         "--data_root",
@@ -435,6 +455,26 @@ def _build_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
         how,
         "--scale_lr",
         help="multiply the learning rate by accumulation x GPUs x batch size (default: false)",
+    )
+
+    def add_choice(name: str, choices: tuple[str, ...], text: str) -> None:
+        add(how, name, choices=choices, metavar="|".join(choices), help=text)
+
+    add_choice(
+        "--on_bad_image",
+        ("error", "skip"),
+        "pictures that cannot be read, before or during training: end the run, or go on without them and list them at "
+        "the end (default: as the YAML says)",
+    )
+    add_choice(
+        "--on_nan",
+        ("stop", "skip"),
+        "a loss or gradient that is no finite number: end the run, or leave the step out (default: stop)",
+    )
+    add_choice(
+        "--on_oom",
+        ("stop", "split"),
+        "a batch that does not fit into memory: end the run, or take it in parts, with the same result (default: stop)",
     )
     add_boolean(how, "--no-test", help="leave out the test after training")
     add_boolean(how, "-d", "--debug", help="open a debugger on an error")

@@ -245,6 +245,7 @@ def _complete(config: ConfigTree, options: Options, notices: list[str]) -> None:
         config.set("run.seed", seed, config.source("run.seed"))
     _give_data_root(config, saved_root, _is_given(options, "data_root"), notices)
     _give_seed(config, saved_seed, _is_given(options, "seed"))
+    _give_on_bad_image(config, options.on_bad_image)
     _choose_device(config, notices)
     if config.has("lightning.logger") and not config.has("lightning.logger.target"):
         config.set("lightning.logger.target", DEFAULT_TARGETS["lightning.logger"], DEFAULT_SOURCE)
@@ -301,6 +302,13 @@ def _give_seed(config: ConfigTree, saved: Any, flagged: bool) -> None:
         present = config.get(path)
         if present is None or (flagged and present == saved):
             config.set(path, config.get("run.seed"), config.source("run.seed"))
+
+
+def _give_on_bad_image(config: ConfigTree, said: str | None) -> None:
+    """Hand ``--on_bad_image`` to the data sets that take it."""
+    for name in DATASETS if said is not None else ():
+        if _takes(config, f"data.params.{name}", "on_bad_image"):
+            config.set(f"data.params.{name}.params.on_bad_image", said, "flag --on_bad_image")
 
 
 def _choose_device(config: ConfigTree, notices: list[str]) -> None:

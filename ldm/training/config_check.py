@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -94,6 +94,9 @@ class RunSection:
         datadir_in_name: whether the run folder's name begins with the data folder's.
         data_root: folder of subfolders of pictures.
         actual_resume: checkpoint whose weights the run started from.
+        warm_optimizer: whether it started with that checkpoint's optimiser state too.
+        on_nan: ``stop`` or ``skip``: what is done about a loss or gradient that is no finite number.
+        on_oom: ``stop`` or ``split``: what is done about a batch that does not fit into memory.
         scale_lr: whether the learning rate is multiplied by the pictures in an optimiser step.
         debug: whether an error opens a debugger.
         no_test: whether to leave out the test after training.
@@ -107,6 +110,9 @@ class RunSection:
     datadir_in_name: bool = True
     data_root: str | None = None
     actual_resume: str | None = None
+    warm_optimizer: bool = False
+    on_nan: Literal["stop", "skip"] = "stop"
+    on_oom: Literal["stop", "split"] = "stop"
     scale_lr: bool = False
     debug: bool = False
     no_test: bool = False

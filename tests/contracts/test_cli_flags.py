@@ -36,11 +36,31 @@ FORMS = [
     ("--print_config", "print_config", None, True),
 ]
 
+OWN_FORMS = [
+    ("--on_bad_image", "on_bad_image", "skip"),
+    ("--on_nan", "on_nan", "skip"),
+    ("--on_oom", "on_oom", "split"),
+]
+
 
 @pytest.mark.parametrize(("flag", "field", "value", "expected"), FORMS)
 def test_every_flag_of_the_lineage_is_accepted(flag: str, field: str, value: str | None, expected: object) -> None:
     words = ["--base", "a.yaml", "-t", flag, *([value] if value is not None else [])]
     assert getattr(parse_options(words), field) == expected
+
+
+@pytest.mark.parametrize(("flag", "field", "value"), OWN_FORMS)
+def test_what_to_do_about_failures_is_a_flag(flag: str, field: str, value: str) -> None:
+    assert getattr(parse_options(["--base", "a.yaml", "-t", flag, value]), field) == value
+    with pytest.raises(ValueError, match=f"{flag}: invalid choice: 'perhaps'"):
+        parse_options(["--base", "a.yaml", "-t", flag, "perhaps"])
+
+
+def test_a_warm_optimiser_needs_a_checkpoint_to_come_from() -> None:
+    words = ["--base", "a.yaml", "-t", "--warm_optimizer"]
+    assert parse_options([*words, "--actual_resume", "last.ckpt"]).warm_optimizer
+    with pytest.raises(ValueError, match="--actual_resume CKPT"):
+        parse_options(words)
 
 
 @pytest.mark.parametrize("flag", ["-r", "--resume"])
