@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
 from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO
+from ldm.training.loss_guard import NotFiniteError
 from ldm.training.stop_signals import Interrupted, StopSignals
 
 logger = logging.getLogger(__name__)
@@ -389,7 +390,7 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what was reached before a failure, if that is worth anything."""
         self.signals.deferred = False
-        if isinstance(exception, Interrupted) or trainer.state.fn != TrainerFn.FITTING:
+        if isinstance(exception, (Interrupted, NotFiniteError)) or trainer.state.fn != TrainerFn.FITTING:
             return
         try:
             self.checkpoint_io.finish()

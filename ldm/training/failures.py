@@ -13,6 +13,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ldm.training.console import command_word
+from ldm.training.loss_guard import NotFiniteError
 
 OUT_OF_MEMORY_WORDS: Final = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
 
@@ -48,7 +49,7 @@ def explain(
         return error if problem is None else ValueError(problem)
     if isinstance(error, OSError):
         return error if "\n" not in str(error) else OSError(first_cause(error).partition(": ")[2])
-    if isinstance(error, MisconfigurationException):
+    if isinstance(error, (MisconfigurationException, NotFiniteError)):
         return error
     return TrainingError(f"training failed at step {trainer.global_step}: {first_cause(error)}")
 

@@ -212,6 +212,8 @@ def _build_trainer(run: Run) -> pl.Trainer:
         batch_size=data_params["batch_size"],
         monitor=(run.config["model"].get("params") or {}).get("monitor"),
         validates=data_params.get("validation") is not None,
+        on_nan=run.said["on_nan"],
+        base_learning_rate=run.config["model"]["base_learning_rate"],
     )
 
 

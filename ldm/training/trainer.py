@@ -21,6 +21,7 @@ from ldm.training.callbacks import (
 )
 from ldm.training.checkpoint_io import StreamingCheckpointIO
 from ldm.training.latent_caching import LatentCaching
+from ldm.training.loss_guard import LossGuard
 from ldm.training.progress import RunProgress
 from ldm.training.resumption import Resumption
 from ldm.training.run_directory import CURVES, RunDirectory
@@ -55,6 +56,8 @@ def build_trainer(
     batch_size: int,
     monitor: str | None,
     validates: bool,
+    on_nan: str = "stop",
+    base_learning_rate: float | None = None,
 ) -> pl.Trainer:
     """Build the trainer of a run.
 
@@ -65,6 +68,8 @@ def build_trainer(
         batch_size: pictures in a batch of one device.
         monitor: the model's ``monitor``.
         validates: whether the run has a validation set.
+        on_nan: ``stop`` or ``skip``: what is done about a loss that is no finite number.
+        base_learning_rate: the configured one.
 
     Returns:
         A trainer that has done nothing yet.
@@ -84,9 +89,10 @@ def build_trainer(
         plugins=[*_as_list(arguments.get("plugins")), checkpoint_io],
         logger=_build_logger(lightning.get("logger"), run_directory) if _wants_logger(arguments) else False,
     )
-    arguments["callbacks"] = _build_callbacks(
-        lightning, run_directory, signals, checkpoint_io, arguments, batch_size, monitor, validates
-    )
+    arguments["callbacks"] = [
+        LossGuard(on_nan, base_learning_rate),
+        *_build_callbacks(lightning, run_directory, signals, checkpoint_io, arguments, batch_size, monitor, validates),
+    ]
     find_unused = bool(lightning.get("find_unused_parameters", False))
     trainer = pl.Trainer(**{**arguments, **_strategy(arguments, find_unused)})
     return trainer

@@ -430,10 +430,21 @@ class DDPM(pl.LightningModule):
         t = self._draw_timesteps(x, exposures)
         return self.losses(x, None, t, *self._draw_noise(x, exposures), loss_weight=loss_weight)
 
+    def timesteps_of(self, exposures: Tensor) -> Tensor:
+        """Draw the timesteps at which exposures are trained.
+
+        Args:
+            exposures: int64 (B, 4).
+
+        Returns:
+            int64 (B,) on the CPU, in [0, num_timesteps).
+        """
+        return exposure.randint("timestep", exposures, self.num_timesteps)
+
     def _draw_timesteps(self, x: Tensor, exposures: Tensor | None) -> Tensor:
         if exposures is None:
             return self._random_timesteps(x)
-        return move_draw(exposure.randint("timestep", exposures, self.num_timesteps), x.device)
+        return move_draw(self.timesteps_of(exposures), x.device)
 
     def _draw_noise(self, x: Tensor, exposures: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Draw the noise to predict, and the noise to show the network where that differs."""

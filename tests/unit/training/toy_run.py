@@ -61,6 +61,7 @@ def prepare_toy_run(
     model: ToyDiffusion | None = None,
     validation: bool = True,
     images: bool = False,
+    on_nan: str = "stop",
     **trainer_arguments: Any,
 ) -> tuple[ToyRun, DataModuleFromConfig]:
     """Build the toy's trainer and data as a run does."""
@@ -97,7 +98,7 @@ def prepare_toy_run(
         **section.get("trainer", {}),
         **trainer_arguments,
     }
-    trainer = build_trainer(section, directory, signals, batch_size, model.monitor, validation)
+    trainer = build_trainer(section, directory, signals, batch_size, model.monitor, validation, on_nan)
     trainer.callbacks[0:0] = extra or []  # type: ignore[attr-defined]
     return ToyRun(trainer, model, directory, signals), data
 
