@@ -40,6 +40,10 @@ class BackgroundCheckpointIO(StreamingCheckpointIO):
         self._waiting: list[Future[None]] = []
         self._has_failed = False
 
+    def reserve(self, size: int) -> None:
+        """Take the memory for a checkpoint before training begins, so that the first save need not; in bytes."""
+        self._memory.reserve(size)
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
@@ -123,6 +127,16 @@ class HostMemory:
         self._block_size = BLOCK
         self._used = 0
 
+    def reserve(self, size: int) -> None:
+        """Have memory at hand; pinning it takes some seconds for 10 GB.
+
+        Args:
+            size: bytes.
+        """
+        self._block_size = min(BLOCK, size)
+        while sum(block.nbytes() for block in self._blocks) < size:
+            self._add_block(self._block_size)
+
     def hold(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Copy a checkpoint; the copy before is written over.
 
@@ -167,10 +181,12 @@ class HostMemory:
         while self._block < len(self._blocks) and self._used + size > self._blocks[self._block].nbytes():
             self._block, self._used = self._block + 1, 0
         if self._block == len(self._blocks):
-            wanted = max(self._block_size, size)
-            block = torch.empty(wanted, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
-            self._blocks.append(block.untyped_storage())
+            self._add_block(max(self._block_size, size))
         start = self._used
         # Empty tensors take room too: torch tells the tensors of a file apart by where they lie.
         self._used += (size // ALIGNMENT + 1) * ALIGNMENT
         return self._blocks[self._block][start : start + size]
+
+    def _add_block(self, size: int) -> None:
+        block = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
+        self._blocks.append(block.untyped_storage())

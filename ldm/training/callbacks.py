@@ -16,7 +16,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
-from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO
+from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO, file_size
 from ldm.training.loss_guard import NotFiniteError
 from ldm.training.stop_signals import Interrupted, StopSignals
 
@@ -344,6 +344,7 @@ class LastCheckpoint(Checkpoint):
         self._first_step = self._seen_step = trainer.global_step
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self.checkpoint_io.check_room(pl_module.state_dict(), self.path)
+            self.checkpoint_io.reserve(_checkpoint_size(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -518,3 +519,14 @@ class CUDACallback(pl.Callback):
 def _weights_are_finite(module: torch.nn.Module) -> bool:
     """Tell whether training has not blown up."""
     return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _checkpoint_size(trainer: pl.Trainer) -> int:
+    """Estimate a checkpoint's size in bytes; of optimisers that have no state yet as AdamW's, twice what they train."""
+    size = file_size({"state_dict": trainer.lightning_module.state_dict()})
+    for optimizer in trainer.optimizers:
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        size += (
+            file_size({"state": optimizer.state_dict()["state"]}) if optimizer.state else 2 * file_size({"p": trained})
+        )
+    return size

@@ -97,6 +97,9 @@ class StreamingCheckpointIO(CheckpointIO):
         if self.disk.free(target.parent) < needed:
             raise CheckpointWriteError(self._describe_full_disk(needed, target))
 
+    def reserve(self, size: int) -> None:
+        """Take what memory a checkpoint of this many bytes is going to need: none, here."""
+
     def has(self, path: Path) -> bool:
         """Tell whether a checkpoint is there.
 

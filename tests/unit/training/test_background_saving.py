@@ -153,3 +153,14 @@ def test_a_run_whose_disk_fills_up_ends_with_the_reason(pictures: Path, tmp_path
         run.trainer.fit(run.model, datamodule=data)
     assert names(run) == [*EPOCHS[:full_at], *(["last.ckpt"] if full_at else [])]
     assert full_at == 0 or step_of(run.last) == 6 * full_at
+
+
+def test_the_memory_for_a_run_s_checkpoints_is_taken_before_its_first_step(pictures: Path, tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    class Count(ToyDiffusion):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            taken.append(sum(block.nbytes() for block in self.trainer.strategy.checkpoint_io._memory._blocks))
+
+    toy_run(tmp_path, pictures, model=Count(), **saving(background=True, every_n_train_steps=1))
+    assert taken[0] == taken[-1] > 0
