@@ -56,6 +56,9 @@ _INERT_NAMES: Final = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.s
 _ZIP: Final = b"PK\x03\x04"
 """What a zip archive begins with."""
 
+_LFS_POINTER: Final = b"version https://git-lfs.github.com/"
+"""What stands in place of a large file that git has not fetched."""
+
 _READ_AT_ONCE: Final = 1 << 20
 """Bytes."""
 
@@ -282,16 +285,32 @@ def _is_zip(path: Path) -> bool:
     return is_zip
 
 
-def _damaged(path: Path) -> str:
+def _damaged(path: Path, kind: str = "checkpoint") -> str:
+    """Say that a file is not what it is called, and what it looks like."""
+    size = path.stat().st_size
+    return f"checkpoint '{path}' is damaged or no {kind} file ({size:,} bytes): {_looks_like(path)}"
+
+
+def _looks_like(path: Path) -> str:
+    """Tell what a file that is no checkpoint may be, and what to do about it."""
     with path.open("rb") as file:
         head = file.read(512)
-    looks_like_text = bool(head) and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head)
-    what = "its end is missing or damaged;" if head.startswith(_ZIP) else "was it copied whole?"
-    what = "looks like text: is it a web page or another file?" if looks_like_text else what
-    return (
-        f"checkpoint '{path}' is damaged or no checkpoint file ({path.stat().st_size:,} bytes; {what}) "
-        "Get the .ckpt or .safetensors file again"
-    )
+    is_safetensors = path.suffix.lower() == ".safetensors"
+    if not head:
+        return "it is empty; get the file again"
+    if head.startswith(_LFS_POINTER):
+        return "it only points to the real file; type git lfs pull where it comes from, or download it by itself"
+    if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, perhaps one that asks to log in or to accept a licence; download the file again"
+    if all(32 <= byte < 127 or byte in b"\t\n\r" for byte in head):
+        return "it is text; get the .ckpt or .safetensors file again"
+    if is_safetensors and head.startswith((_ZIP, pickle.PROTO)):
+        return "it looks like a .ckpt file; rename it so"
+    if not is_safetensors and head[8:10] == b'{"':
+        return "it looks like a .safetensors file; rename it so"
+    if head.startswith(_ZIP):
+        return "its end is missing or damaged; get the file again, or use an older one"
+    return "was it copied whole? Get the file again, or use an older one"
 
 
 def _unsafe_names(path: Path) -> list[str]:
