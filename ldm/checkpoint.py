@@ -11,6 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -59,11 +60,25 @@ _ZIP: Final = b"PK\x03\x04"
 _LFS_POINTER: Final = b"version https://git-lfs.github.com/"
 """What stands in place of a large file that git has not fetched."""
 
+_ENCRYPTED: Final = 1
+"""The bit of a zip record's flags that says so."""
+
 _READ_AT_ONCE: Final = 1 << 20
 """Bytes."""
 
 _LOCAL_HEADER: Final = struct.Struct("<26xHH")
 """The lengths of a name and of an extra field, at the end of what a zip archive puts before a record."""
+
+_MOST_ENTRIES: Final = 50_000_000
+"""Values that a checkpoint may hold besides the numbers inside its tensors, each counted as often as it is met."""
+
+_DEEPEST: Final = 100
+"""Containers inside each other; Lightning's own go ten deep."""
+
+_PLAIN_TYPES: Final = (int, float, complex, str, bytes, bytearray, torch.dtype, torch.device, torch.layout, type(None))
+
+_LONGEST_NAME: Final = 200
+"""Characters of a key or reason that a message shows."""
 
 _ROUNDING: Final = 1e-3
 """Relative difference that a schedule table may show from having been rounded on the way to the file."""
@@ -135,14 +150,104 @@ def read_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     content = _read_safetensors(path) if is_safetensors else _read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of weights")
+    content = _Reader(path).plain(content)
     if not isinstance(content.get("state_dict"), dict):
         content = {"state_dict": content}
     weights = content["state_dict"]
     strangers = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
-    if strangers or not weights:
+    unnamed = [repr(key) for key in weights if not isinstance(key, str)]
+    if strangers or unnamed or not weights:
         found = f"{_first(strangers)} is no tensor" if strangers else "it is empty"
+        found = f"{_first(unnamed)} is no key" if unnamed and not strangers else found
         raise ValueError(f"checkpoint '{path}' holds no state_dict of weights: {found}")
     return content
+
+
+class _Reader:
+    """Makes plain containers and tensors of what a file held, and refuses what only looks like them.
+
+    The unpickler runs no code, yet it lets a file set attributes (a dictionary whose ``items`` is a number),
+    claim tensors of terabytes that lie in a few bytes, and share one list so often that whoever walks through
+    never arrives.
+
+    Args:
+        path: the file, for messages and for its size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file_size = path.stat().st_size
+        self._seen: dict[int, tuple[Any, Any, int]] = {}
+        self._above: set[int] = set()
+
+    def plain(self, content: dict[Any, Any]) -> dict[Any, Any]:
+        """Copy the containers; the tensors stay where they are.
+
+        Args:
+            content: what the unpickler gave.
+
+        Returns:
+            The same in dictionaries, lists and tuples.
+
+        Raises:
+            ValueError: it is not what a checkpoint holds.
+        """
+        copied: dict[Any, Any] = self._copy(content, "")[0]
+        return copied
+
+    def _copy(self, value: Any, name: str) -> tuple[Any, int]:
+        """Copy one value; gives the copy, and how many values it is when all are written out."""
+        if isinstance(value, Tensor):
+            return self._tensor(value, name), 1
+        if isinstance(value, (dict, list, tuple, set)):
+            return self._container(value, name)
+        if isinstance(value, (*_PLAIN_TYPES, _Inert)) or value is _Inert:
+            return value, 1
+        raise self._refusal(name, f"is a {type(value).__name__}")
+
+    def _container(self, value: Any, name: str) -> tuple[Any, int]:
+        if id(value) in self._seen:
+            return self._seen[id(value)][1:]
+        if id(value) in self._above or len(self._above) >= _DEEPEST:
+            raise self._refusal(name, "is nested without end")
+        self._above.add(id(value))
+        count = 1
+        copied: Any
+        if isinstance(value, dict):
+            copied = OrderedDict() if isinstance(value, OrderedDict) else {}
+            for key, inner in dict.items(value):
+                if not isinstance(key, (str, int, float, type(None))) and key is not _Inert:
+                    raise self._refusal(name, f"has a {type(key).__name__} for a key")
+                copied[key], inside = self._copy(inner, f"{name}.{key}" if name else str(key))
+                count += inside
+            # What torch notes of a state_dict's modules, and reads again.
+            if isinstance(getattr(value, "_metadata", None), dict):
+                copied._metadata = self._copy(vars(value)["_metadata"], f"{name}._metadata")[0]
+        else:
+            copies = [self._copy(inner, f"{name}.{number}") for number, inner in enumerate(value)]
+            copied = type(value)(each for each, _ in copies)
+            count += sum(inside for _, inside in copies)
+        if count > _MOST_ENTRIES:
+            raise self._refusal(name, f"holds more than {_MOST_ENTRIES:,} values")
+        self._above.remove(id(value))
+        self._seen[id(value)] = (value, copied, count)  # the value too: its number must not be given away again
+        return copied, count
+
+    def _tensor(self, value: Tensor, name: str) -> Tensor:
+        if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":
+            raise self._refusal(name, f"is a tensor without values ({type(value).__name__} on {value.device})")
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            raise self._refusal(name, "is a sparse, nested or quantised tensor")
+        claimed = Tensor.numel(value) * Tensor.element_size(value)
+        if claimed > self.file_size:
+            raise self._refusal(name, f"claims {claimed:,} bytes, and the file has {self.file_size:,}")
+        return Tensor.detach(value)
+
+    def _refusal(self, name: str, what: str) -> ValueError:
+        return ValueError(
+            f"checkpoint '{self.path}' was refused: {_shown(name or 'its content')} {what}; that is nothing "
+            "which training writes: get the file again from a source that you trust"
+        )
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -169,6 +274,7 @@ def verify_checkpoint(path: str | Path) -> bool:
     path = Path(path)
     if not _is_zip(path):
         return False
+    _check_archive(path)
     record = None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -186,6 +292,30 @@ def verify_checkpoint(path: str | Path) -> bool:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not what was written"
         raise DamagedTensorError(path, f"{_content_of(path, record.filename)}: {reason}") from error
     return True
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse archives of another kind than torch writes: packed ones can hold a million times their size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception as error:
+        raise ValueError(_damaged(path)) from error
+    names = {record.filename for record in records}
+    claimed = sum(record.file_size for record in records)
+    if any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & _ENCRYPTED for record in records):
+        what = "its records are compressed or encrypted"
+    elif len(names) < len(records):
+        what = "two of its records have one name"
+    elif claimed > path.stat().st_size:
+        what = f"its records claim {claimed:,} bytes, and the file has {path.stat().st_size:,}"
+    elif any(name.endswith("/constants.pkl") for name in names):
+        what = "it is a TorchScript program"
+    else:
+        return
+    raise ValueError(
+        f"checkpoint '{path}' was refused: {what}; get a .ckpt as torch.save writes it, or the file as .safetensors"
+    )
 
 
 def _content_of(path: Path, record: str) -> str:
@@ -233,12 +363,18 @@ def _named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(safetensors.torch.load_file(path))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"checkpoint '{path}' is damaged or no safetensors file ({error}); copy it again") from error
+    except MemoryError as error:
+        raise MemoryError(_too_large(path)) from error
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint '{path}' is damaged or no safetensors file ({_shown(str(error))}); copy it again"
+        ) from error
 
 
 def _read_pickle(path: Path) -> Any:
     is_zip = _is_zip(path)
+    if is_zip:
+        _check_archive(path)
     try:
         return _unpickle(path, is_zip)
     except pickle.UnpicklingError as error:
@@ -251,10 +387,17 @@ def _read_pickle(path: Path) -> Any:
             f"checkpoint '{path}' was refused: it holds more than weights ({_first(names)}), and reading it could "
             "run code; get the file as .safetensors, or from a source that stores weights alone"
         ) from error
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise MemoryError(_too_large(path)) from error
     except Exception as error:
         raise ValueError(_damaged(path)) from error
+
+
+def _too_large(path: Path) -> str:
+    return (
+        f"checkpoint '{path}' ({path.stat().st_size:,} bytes) asks for more memory than there is; close other "
+        "programs, or get the file again"
+    )
 
 
 def _unpickle(path: Path, is_zip: bool) -> Any:
@@ -317,13 +460,19 @@ def _unsafe_names(path: Path) -> list[str]:
     """List what a zipped checkpoint would have imported; nothing for the old unzipped format."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception:  # noqa: BLE001 - whatever a damaged pickle leads to; reading it gives the reason
         return []
 
 
 def _first(names: Sequence[str], count: int = 3) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    return ", ".join(map(_shown, names[:count])) + more
+
+
+def _shown(text: str) -> str:
+    """Write what a file says so that it stays on its line and does nothing to a terminal."""
+    cut = text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}…"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in cut)
 
 
 def without_wrapper_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:

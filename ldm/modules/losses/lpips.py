@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -87,7 +86,7 @@ def _check_files(lpips: Path, vgg: Path) -> None:
 def _read(path: Path) -> Mapping[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:
         raise ValueError(f"{path} is damaged or no file of weights; get it again") from error
     if not isinstance(weights, Mapping):
         raise ValueError(f"{path} holds a {type(weights).__name__}, not a dictionary of weights; get it again")
