@@ -29,11 +29,10 @@ def newest_valid_checkpoint(last: Path) -> Path:
     """
     problems: list[str] = []
     if last.is_file():
-        try:
-            read_checkpoint(last)
+        problem = _problem(last)
+        if problem is None:
             return last
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
+        problems.append(problem)
     others = [path for path in last.parent.glob("*.ckpt") if path.name != last.name]
     if not others and not problems:
         raise FileNotFoundError(f"no checkpoint (*.ckpt) in {last.parent}")
@@ -54,16 +53,31 @@ def newest_valid_checkpoint(last: Path) -> Path:
     raise ValueError("\n".join(problems))
 
 
-def _problem(path: Path) -> str | None:
-    """Read a checkpoint through; gives what keeps it from being continued."""
+def refuse_weights_alone(path: Path) -> None:
+    """See that a checkpoint holds what continuing needs. Its tensors are not read.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: it is damaged, or holds weights without the optimiser.
+        OSError: it cannot be opened.
+    """
+    problem = _problem(path, verify=False)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _problem(path: Path, verify: bool = True) -> str | None:
+    """Read a checkpoint; gives what keeps it from being continued."""
     try:
-        content = read_checkpoint(path)
+        content = read_checkpoint(path, verify)
     except (ValueError, OSError) as error:
         return str(error)
     if "optimizer_states" not in content:
         return (
-            f"checkpoint '{path}' holds the weights alone, without the optimiser, and cannot be continued;"
-            " --actual_resume starts a new run from it"
+            f"checkpoint '{path}' holds the weights alone, without the optimiser, and cannot be continued; name"
+            " another one of the run, or start a new run from its weights with --actual_resume"
         )
     return None
 

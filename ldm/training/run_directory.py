@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path, PureWindowsPath
 from typing import Final
 
-from ldm.training.recovery import newest_valid_checkpoint
+from ldm.training.recovery import newest_valid_checkpoint, refuse_weights_alone
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def find_run(resume: str, now: datetime) -> tuple[RunDirectory, Path]:
 
     Raises:
         OSError: if the path does not exist.
-        ValueError: if it holds no checkpoint, or damaged ones only, or is a file outside a run folder.
+        ValueError: if it holds no checkpoint, or none that can be continued, or is a file outside a run folder.
     """
     given = Path(resume)
     if not given.exists():
@@ -202,6 +202,7 @@ def find_run(resume: str, now: datetime) -> tuple[RunDirectory, Path]:
                 f"--resume {resume}: not inside a run folder (<run>/checkpoints/, beside <run>/configs/);"
                 " to start a new run from these weights, use --actual_resume"
             )
+        refuse_weights_alone(given)
         checkpoint = given
     else:
         is_inner = given.resolve().name == "checkpoints" and (given.resolve().parent / "configs").is_dir()

@@ -64,6 +64,15 @@ def test_weights_alone_are_not_what_a_run_continues_from(tmp_path: Path) -> None
     assert newest_valid_checkpoint(tmp_path / "last.ckpt").name == "epoch=00.ckpt"
 
 
+def test_a_last_ckpt_of_weights_alone_is_named_and_the_next_older_one_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "epoch=00.ckpt", 3)
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "global_step": 6}, tmp_path / "last.ckpt")
+    assert newest_valid_checkpoint(tmp_path / "last.ckpt").name == "epoch=00.ckpt"
+    assert "last.ckpt' holds the weights alone" in caplog.records[0].getMessage()
+
+
 def test_where_no_checkpoint_is_whole_each_has_its_line(tmp_path: Path) -> None:
     damage(write(tmp_path / "epoch=00.ckpt", 3))
     damage(write(tmp_path / "last.ckpt", 6))

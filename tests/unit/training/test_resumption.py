@@ -150,7 +150,7 @@ def test_a_checkpoint_of_weights_alone_is_told(folder: Path, capsys: pytest.Capt
     (folder / LAST).unlink()
     torch.save(content, folder / LAST)
     capsys.readouterr()
-    assert resume(folder) == 2
+    assert resume(folder / LAST) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "weights alone" in line
     assert "--actual_resume" in line
