@@ -6,7 +6,6 @@ completed, and checked as a whole before anything is built or written.
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Final
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ldm.training.cli import Options
 from ldm.training.config_check import (
@@ -226,6 +225,9 @@ def _resolve(config: ConfigTree) -> None:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         reason = str(error).strip().splitlines()[0]
+        if isinstance(error, InterpolationKeyError):
+            value = config.get(key, "${...}")
+            reason = f"{value} names no key of the config; write a whole path such as ${{data.params.batch_size}}"
         raise ValueError(f"{config.source(key)}: {key}: {reason}") from None
 
 
@@ -333,4 +335,4 @@ def _run_hint(path: Path) -> str:
     match = nearest(path.name, names)
     if match is not None:
         return f"; did you mean {(parent / match).as_posix()}?"
-    return "; name a run folder below logs/, or a checkpoint in one" if os.path.isdir("logs") else ""
+    return "; name the folder of a run, below logs/ unless -l said otherwise, or a checkpoint in it"

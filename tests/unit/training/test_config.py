@@ -364,7 +364,10 @@ def test_all_unreadable_files_are_told_at_once(load: Load) -> None:
 
 def test_a_reference_to_nothing_is_told_with_its_place(load: Load) -> None:
     write("b.yaml", "data:\n  params:\n    batch_size: ${nowhere}\n")
-    assert problems(load, "-b", "b.yaml") == ["b.yaml:3: data.params.batch_size: Interpolation key 'nowhere' not found"]
+    assert problems(load, "-b", "b.yaml") == [
+        "b.yaml:3: data.params.batch_size: ${nowhere} names no key of the config; write a whole path such as"
+        " ${data.params.batch_size}"
+    ]
 
 
 def test_an_override_whose_value_is_no_yaml_says_why(load: Load) -> None:
