@@ -390,6 +390,7 @@ class _Walk:
                 self.in_root,
                 lambda name: (
                     f"{os.path.join(self.data_root, name)}: lies in the data root; move it into a subfolder of it"
+                    + ("" if scan.folder_counts else ", or name the folder above this one as the data root")
                 ),
             ),
             *self.name_some(
