@@ -80,13 +80,12 @@ def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) ->
         )
     if "parameter group" in text:
         return (
-            f"checkpoint {checkpoint} does not fit the optimiser ({text.strip()}): which parts are trained has changed;"
-            " put model.params.model_lr, cond_stage_trainable and unfreeze_model back to what they were,"
-            f" {instead}"
+            f"checkpoint {checkpoint} does not fit the optimiser: which parts are trained has changed; put"
+            f" model.params.model_lr, cond_stage_trainable and unfreeze_model back, {instead}"
         )
     if "loading state_dict" in text:
         lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-        reason = textwrap.shorten(lines[0] if lines else text, 160, placeholder=" ...")
+        reason = textwrap.shorten(lines[0].rstrip(".") if lines else text, 160, placeholder=" ...")
         if "model_ema." in reason:
             remedy = f"put model.params.use_ema back to what it was, {instead}"
         else:

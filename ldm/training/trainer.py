@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
@@ -75,7 +76,7 @@ def build_trainer(
         A trainer that has done nothing yet.
 
     Raises:
-        ValueError: if an argument is wrong or a device is not there.
+        ValueError: if an argument is wrong, or a device or a package for it is not there.
     """
     arguments: dict[str, Any] = dict(lightning.get("trainer") or {})
     if not arguments.get("barebones"):  # which takes no such argument
@@ -94,8 +95,11 @@ def build_trainer(
         *_build_callbacks(lightning, run_directory, signals, checkpoint_io, arguments, batch_size, monitor, validates),
     ]
     find_unused = bool(lightning.get("find_unused_parameters", False))
-    trainer = pl.Trainer(**{**arguments, **_strategy(arguments, find_unused)})
-    return trainer
+    try:
+        return pl.Trainer(**{**arguments, **_strategy(arguments, find_unused)})
+    except (ImportError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"lightning.trainer cannot have what it asks for: {reason}") from error
 
 
 def _strategy(arguments: Mapping[str, Any], find_unused_parameters: bool) -> dict[str, Any]:
