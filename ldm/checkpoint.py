@@ -80,6 +80,8 @@ _PLAIN_TYPES: Final = (int, float, complex, str, bytes, bytearray, torch.dtype, 
 _LONGEST_NAME: Final = 200
 """Characters of a key or reason that a message shows."""
 
+_WHOLE_MODEL: Final = "name a whole model's .ckpt or .safetensors file"
+
 _ROUNDING: Final = 1e-3
 """Relative difference that a schedule table may show from having been rounded on the way to the file."""
 
@@ -149,7 +151,7 @@ def read_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
         verify_checkpoint(path)
     content = _read_safetensors(path) if is_safetensors else _read_pickle(path)
     if not isinstance(content, dict):
-        raise ValueError(f"checkpoint '{path}' holds a {type(content).__name__}, not a dictionary of weights")
+        raise ValueError(f"checkpoint '{path}' holds a {type(content).__name__}, not weights; {_WHOLE_MODEL}")
     content = _Reader(path).plain(content)
     if not isinstance(content.get("state_dict"), dict):
         content = {"state_dict": content}
@@ -159,7 +161,7 @@ def read_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     if strangers or unnamed or not weights:
         found = f"{_first(strangers)} is no tensor" if strangers else "it is empty"
         found = f"{_first(unnamed)} is no key" if unnamed and not strangers else found
-        raise ValueError(f"checkpoint '{path}' holds no state_dict of weights: {found}")
+        raise ValueError(f"checkpoint '{path}' holds no state_dict of weights: {found}; {_WHOLE_MODEL}")
     return content
 
 
@@ -366,9 +368,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     except MemoryError as error:
         raise MemoryError(_too_large(path)) from error
     except Exception as error:
-        raise ValueError(
-            f"checkpoint '{path}' is damaged or no safetensors file ({_shown(str(error))}); copy it again"
-        ) from error
+        raise ValueError(_damaged(path, "safetensors")) from error
 
 
 def _read_pickle(path: Path) -> Any:
