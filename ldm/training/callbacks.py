@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -18,7 +17,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO, file_size
 from ldm.training.loss_guard import NotFiniteError
-from ldm.training.stop_signals import Interrupted, StopSignals
+from ldm.training.stop_signals import NOTHING, Interrupted, StopSignals, stop_of
 
 logger = logging.getLogger(__name__)
 
@@ -302,8 +301,9 @@ class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` at the newest complete optimiser step, however the run ends.
 
     It is written with every regular checkpoint (whether or not that one was among the best), at the end
-    of training, when the run is told to stop, and when training fails after it had made progress. Saving
-    never raises over the failure that it follows.
+    of training, when a signal asks for it or for the end, when ``max_time`` or another callback ends the run
+    within an epoch, and when training fails after it had made progress. Saving never raises over the failure
+    that it follows.
 
     Args:
         path: the file.
@@ -330,6 +330,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.follows = follows
         self._saved: tuple[int, int, int] | None = None
+        self._broken_off_at: int | None = None
         self._first_step: int | None = None
         self._seen_step = 0
 
@@ -349,15 +350,18 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save by steps, and stop here if asked to."""
+        """Save by steps, where the run is to end within an epoch, and as signals ask."""
+        if self._is_broken_off(trainer):
+            # Lightning is going to validate and to call this the epoch's end, which it is not.
+            self._broken_off_at = trainer.global_step if self._save_and_tell(trainer) else None
         if trainer.global_step == self._seen_step:
             return  # a batch whose gradient waits for others
         self._seen_step = trainer.global_step
         by_steps = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
         if by_steps or any(regular.saved_step == trainer.global_step for regular in self.follows):
             self.save(trainer)
-        if self._asked_to_stop(trainer) and not self._epoch_ends_here(trainer):
-            self._save_and_stop(trainer)
+        if not self._epoch_ends_here(trainer):
+            self._answer(trainer)
 
     def on_validation_batch_start(
         self,
@@ -367,30 +371,38 @@ class LastCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Break off a validation if asked to; a resumed run begins it again."""
+        """Save within a validation, or break it off, if asked to; a resumed run begins it again."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         almost_done = trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
-        if not almost_done and self._asked_to_stop(trainer):
-            self._save_and_stop(trainer)
+        if not almost_done:
+            self._answer(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save by epochs, and stop here if asked to."""
+        """Save by epochs, and as signals ask."""
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.save(trainer)
-        if self._asked_to_stop(trainer):
-            self._save_and_stop(trainer)
+        self._answer(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end."""
-        self.signals.deferred = False
+        """Save the end; a signal that arrives meanwhile ends the run after that."""
         if self._has_progressed(trainer):
             self.save(trainer)
         self.checkpoint_io.finish()
+        self.signals.deferred = False
+        stop = stop_of(self._asked(trainer))
+        if stop is not None:
+            raise Interrupted(stop)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what was reached before a failure, if that is worth anything."""
-        self.signals.deferred = False
+        try:
+            self._save_after(trainer, exception)
+        finally:
+            self.signals.deferred = False
+
+    def _save_after(self, trainer: pl.Trainer, exception: BaseException) -> None:
+        """Save after a failure."""
         if isinstance(exception, (Interrupted, NotFiniteError)) or trainer.state.fn != TrainerFn.FITTING:
             return
         try:
@@ -425,7 +437,7 @@ class LastCheckpoint(Checkpoint):
         loop: Any = trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
         now = (trainer.global_step, epochs.processed, batches.processed)
-        if self._saved == now:
+        if self._saved == now or self._broken_off_at == trainer.global_step:
             return True
         if not _weights_are_finite(trainer.lightning_module):
             if trainer.is_global_zero:
@@ -437,34 +449,47 @@ class LastCheckpoint(Checkpoint):
         self._saved = now
         return True
 
-    def _save_and_tell(self, trainer: pl.Trainer) -> None:
-        """Save, and say so."""
+    def _save_and_tell(self, trainer: pl.Trainer) -> bool:
+        """Save, and say so; tells whether it could be done, as :meth:`save`."""
         is_saved = self.save(trainer)
         self.checkpoint_io.finish()
         if is_saved:
             logger.info("saved step %d as %s", trainer.global_step, self.path)
+        return is_saved
 
     def _has_progressed(self, trainer: pl.Trainer) -> bool:
         """Tell whether training has begun, and made a step since."""
         return self._first_step is not None and trainer.global_step > self._first_step
 
-    def _asked_to_stop(self, trainer: pl.Trainer) -> bool:
-        """Tell whether any of the run's processes got a signal, in all of them alike."""
-        asked = self.signals.requested is not None
+    def _asked(self, trainer: pl.Trainer) -> int:
+        """Find the most urgent request among those of all the run's processes, in all of them alike."""
+        asked = self.signals.asked
         if trainer.world_size > 1:
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+            own = torch.tensor(asked, device=trainer.strategy.root_device)
+            asked = int(trainer.strategy.reduce(own, reduce_op="max"))
         return asked
+
+    def _answer(self, trainer: pl.Trainer) -> None:
+        """Save if any process got a signal, then leave the training loop if that was one to stop."""
+        asked = self._asked(trainer)
+        if asked == NOTHING:
+            return
+        self.signals.save_requested = False
+        self._save_and_tell(trainer)
+        stop = stop_of(asked)
+        if stop is not None:
+            self.signals.deferred = False
+            raise Interrupted(stop)
+
+    def _is_broken_off(self, trainer: pl.Trainer) -> bool:
+        """Tell whether a callback, such as the timer of ``max_time``, ends the run within an epoch."""
+        loop = trainer.fit_loop
+        return trainer.should_stop and loop._can_stop_early and not loop.epoch_loop.batch_progress.is_last_batch
 
     def _epoch_ends_here(self, trainer: pl.Trainer) -> bool:
         """Tell whether the epoch is over with this batch and no validation holds up its end."""
         loop = trainer.fit_loop.epoch_loop
         return loop.batch_progress.is_last_batch and not loop._should_check_val_epoch()
-
-    def _save_and_stop(self, trainer: pl.Trainer) -> None:
-        """Save, then leave the training loop."""
-        self._save_and_tell(trainer)
-        self.signals.deferred = False
-        raise Interrupted(self.signals.requested or signal.SIGINT)
 
 
 class Beginning(pl.Callback):

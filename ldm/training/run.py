@@ -23,7 +23,7 @@ from torch import Tensor
 from ldm.checkpoint import load_weights, read_weights
 from ldm.diffusers_format import is_diffusers_folder, read_folder
 from ldm.training.callbacks import Beginning
-from ldm.training.checkpoint_io import remove_leftovers
+from ldm.training.checkpoint_io import CheckpointWriteError, remove_leftovers
 from ldm.training.cli import Options, parse_options
 from ldm.training.config import RunConfig, format_config, load_run_config
 from ldm.training.console import command_word, console
@@ -95,22 +95,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``main.py``; None takes the process's own.
 
     Returns:
-        The exit status: 0 done; 1 an unexpected failure, with its traceback; 2 something that the user can
-        put right, with a line for each problem; 130 and 143 ended by Ctrl-C and SIGTERM.
+        The exit status: 0 done (also where nothing was left to do, and at the end of ``max_time``); 1 an unexpected
+        failure, with its traceback; 2 something that the user can put right, with a line for each problem; 130, 143,
+        129 and 149 ended by Ctrl-C, SIGTERM, SIGHUP and Ctrl-Break.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
         options = parse_options(words)
     except ValueError as error:
         return _report(error)
-    with console(getattr(rank_zero_only, "rank", 0), options.debug), StopSignals() as signals:
-        try:
-            _run(options, signals, words)
-        except Interrupted as stop:
-            logger.warning("%s", stop)
-            return stop.exit_code
-        except Exception as error:  # noqa: BLE001 - the one place that decides how a failure is shown
-            return _report(error, options.debug)
+    try:
+        with console(getattr(rank_zero_only, "rank", 0), options.debug), StopSignals() as signals:
+            try:
+                _run(options, signals, words)
+            except Interrupted as stop:
+                logger.warning("%s", stop)
+                return stop.exit_code
+            except Exception as error:  # noqa: BLE001 - the one place that decides how a failure is shown
+                return _report(error, options.debug)
+    except Interrupted as stop:  # once more, while that was being said
+        return stop.exit_code
     return DONE
 
 
@@ -367,7 +371,7 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
         _say_how_to_continue(run)
         raise
     except Exception as error:
-        if run.signals.requested is not None:
+        if run.signals.requested is not None and not isinstance(error, CheckpointWriteError):
             # Ctrl-C ends the loader processes too, and their absence is an error to whoever awaits a batch.
             logger.warning("while stopping: %s: %s", type(error).__name__, str(error).partition("\n")[0])
             raise Interrupted(run.signals.requested) from error

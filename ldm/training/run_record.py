@@ -48,7 +48,7 @@ KILLED: Final = "killed"
 
 _SOURCES: Final = Path(__file__).resolve().parents[2]
 _GIT_SECONDS: Final = 10
-_STOPPED_BY: Final = {signal.SIGINT: "Ctrl-C"}
+_STOPPED_BY: Final = {"SIGINT": "Ctrl-C", "SIGHUP": "SIGHUP, the end of its terminal", "SIGBREAK": "Ctrl-Break"}
 
 
 class RunRecord:
@@ -312,8 +312,8 @@ def why_it_ended(trainer: pl.Trainer, error: BaseException | None) -> tuple[str,
         ``finished``, ``stopped`` or ``failed``, and the reason in one line.
     """
     if isinstance(error, Interrupted):
-        number = signal.Signals(error.signal_number)
-        return STOPPED, _STOPPED_BY.get(number, number.name)
+        name = signal.Signals(error.signal_number).name
+        return STOPPED, _STOPPED_BY.get(name, name)
     if isinstance(error, KeyboardInterrupt):
         return STOPPED, "Ctrl-C"
     if error is not None:
