@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from ldm.data.image_transform import (
     resolve_resize_mode,
     to_unit_range,
 )
-from ldm.data.items import placed, replayed
+from ldm.data.items import DataGoneError, UnreadableError, blank_picture, placed, replayed, why_unreadable
 from ldm.data.latent_cache import LatentCache, View, resolve_mode
 from ldm.data.picture_header import PictureHeader, read_headers
 from ldm.data.repeats import Repeats, ShownFolder
@@ -94,8 +95,9 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
             the picture's, which is cut as little as possible), ``center_crop`` (cuts the middle square out) or
             ``squash`` (stretches to the square, as the first trainer did).
         conditional_dropout: probability in [0, 1] that a training caption is replaced by the empty prompt.
-        on_bad_image: what the check before training does about pictures that cannot be read: ``error``
-            ends the run, ``skip`` leaves them out; both name all of them.
+        on_bad_image: what is done about pictures that cannot be read: ``error`` ends the run, ``skip`` leaves out
+            those that the check before training finds, both naming all of them; what breaks later ends the run
+            too, or gives items that count nothing.
         seed: the run's seed.
         crop: where a bucket's crop lies in a training picture: ``center``, ``random`` (anywhere) or ``jitter``
             (near the centre).
@@ -443,10 +445,48 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
             in its place ``moments``: their mean and log-variance (2 C, H / f, W / f); ``caption`` str; ``exposure``
             int64 (4,); ``path`` str; ``loss_weight`` float32; ``training_size`` int64 (2,): width and height
             of ``image``; ``crop`` float64 (4,): left, top, right and bottom of what is shown, in pixels of the
-            upright picture; ``flip`` and ``dropped`` (caption dropout) bool.
+            upright picture; ``flip`` and ``dropped`` (caption dropout) bool; ``unreadable`` str: empty, or with
+            ``on_bad_image: skip`` why the picture could not be read: the item is grey then, and its ``loss_weight`` 0.
+
+        Raises:
+            UnreadableError: the picture cannot be read, and such are not skipped.
+            DataGoneError: ``data_root`` is not there any more.
         """
-        item = self.read(self.showing(index))
+        showing = self.showing(index)
+        try:
+            item = self.read(showing)
+        except OSError as error:
+            item = self._without_picture(showing, error)
         return {**item, "loss_weight": torch.zeros(())} if isinstance(index, Filler) else item
+
+    def _without_picture(self, showing: Showing, error: OSError) -> dict[str, Any]:
+        """Build the item of a picture that cannot be read, which counts nothing; or raise."""
+        path, placement = showing.picture.path, showing.placement
+        if isinstance(error, DataGoneError):
+            raise error
+        if isinstance(error, UnreadableError):  # its latents
+            if self.on_bad_image == "error":
+                raise error
+            reason = str(error)
+        else:
+            if not os.path.isdir(self.data_root):
+                raise DataGoneError(f"{self.data_root}: the folder has gone since the run began") from error
+            reason = why_unreadable(path, error)
+            if self.on_bad_image == "error":
+                raise UnreadableError(reason) from error
+        blank: dict[str, Any]
+        if self.latent_cache is not None and self.latent_cache.is_ready:
+            blank = {"moments": self.latent_cache.blank(View(path, placement))}
+        else:
+            blank = {"image": blank_picture(placement.size, self.as_bytes)}
+        return {
+            **blank,
+            **placed(path, placement, reason),
+            "caption": showing.caption,
+            "dropped": showing.dropped,
+            "exposure": showing.exposure,
+            "loss_weight": torch.zeros(()),
+        }
 
 
 def check_pictures(

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.image_transform import Placement, describe_damage
+from ldm.data.items import DataGoneError, UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,18 @@ class Encoding:
 
 class DamagedEntryError(OSError):
     """An entry that is not what was written."""
+
+
+class LostLatentsError(UnreadableError):
+    """A picture's cached latents that are gone or damaged."""
+
+    remedy: ClassVar[str] = "type {resume}, which makes them anew"
+
+
+class LostCacheError(DataGoneError):
+    """The whole folder of cached latents is gone."""
+
+    remedy: ClassVar[str] = "bring it back, or just type {resume}, which makes them anew"
 
 
 def content_digests(paths: Iterable[str], threads: int | None = None) -> dict[str, str]:
@@ -523,15 +536,20 @@ class LatentCache:
             (channels, height, width): mean and log-variance, in the dtype of their encoder; not to be changed.
 
         Raises:
-            OSError: they are gone or damaged.
+            LostLatentsError: they are gone or damaged.
+            LostCacheError: the whole folder of them is gone.
         """
         try:
             return self._entries.read(self._key(view))
         except OSError as error:
-            raise OSError(
-                f"{view.path}: its cached latents cannot be read: {error}; continue the run with -r, which makes them "
-                "anew"
-            ) from error
+            if self.mode == "disk" and not os.path.isdir(self.folder):
+                raise LostCacheError(f"cache_dir {self.folder}: the folder has gone since the run began") from error
+            raise LostLatentsError(f"{view.path}: its cached latents cannot be read: {error}") from error
+
+    def blank(self, view: View) -> Tensor:
+        """Give moments to stand where those of a view could not be read: zeros (channels, height, width)."""
+        assert self._encoding is not None
+        return torch.zeros(self._encoding.shape(view.placement.size), dtype=self._encoding.dtype)
 
 
 class _Reading(Dataset[Any]):

@@ -37,7 +37,7 @@ from ldm.data.image_transform import (
     resample_filter,
     to_unit_range,
 )
-from ldm.data.items import placed, replayed
+from ldm.data.items import UnreadableError, blank_picture, placed, replayed, why_unreadable
 from ldm.data.shard_files import GIB, ShardFiles, expand_shards, is_url, public_name, shard_names
 from ldm.data.tar_index import ShardIndex, read_caption, read_member
 from ldm.exposure import exposure_row, item_id, keyed_generator, uniform, uniform_pair
@@ -291,7 +291,6 @@ class WebShards(Dataset[dict[str, Any]]):
         self._files = ShardFiles(self.shards, shard_cache_dir or DEFAULT_CACHE_DIR, shard_cache_gib)
         self._row = ShardRow(len(self.shards), self._count, seed, shuffle_shards, shuffle=is_training)
         self._counts: dict[int, int] = {}
-        self._told: dict[str, None] = {}  # damaged pictures that this process has named
         self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
         self._length: int | None = None
         self._planned: tuple[int, npt.NDArray[np.int32]] | None = None
@@ -413,10 +412,12 @@ class WebShards(Dataset[dict[str, Any]]):
             ``image`` float32 (H, W, 3) in [-1, 1], or uint8 where ``as_bytes`` is set; ``caption`` str; ``path``
             str, the shard's with the picture's name in it; ``exposure`` int64 (4,), its second number the pass;
             ``loss_weight`` float32; ``training_size`` int64 (2,); ``crop`` float64 (4,); ``flip`` and
-            ``dropped`` bool.
+            ``dropped`` bool; ``unreadable`` str: empty, or with ``on_bad_image: skip`` why the sample could not be
+            read: the item is grey then, and its ``loss_weight`` 0.
 
         Raises:
-            OSError: the sample cannot be read; names it.
+            UnreadableError: the sample cannot be read, and such are not skipped.
+            OSError: the shard cannot be; names it.
         """
         # Outside training all epochs are alike.
         position = int(index) if self.set == "train" else int(index) % self.epoch_length(0)
@@ -439,22 +440,19 @@ class WebShards(Dataset[dict[str, Any]]):
             draws,
             self.flip_p > 0 and uniform("flip", exposure) < self.flip_p,
         )
-        picture, text = self._read_sample(shard, sample)
-        if self.shuffle_tags:
-            text = shuffled_tags(text, self.keep_tags, keyed_generator("tags", *key))
         weight = 0.0 if isinstance(index, Filler) else self.loss_weight
+        text, unreadable = "", ""
         try:
+            picture, text = self._read_sample(shard, sample)
             pixels = self._pixels(picture, path, placement)
         except OSError as error:
-            if self.on_bad_image == "error":
-                raise
+            unreadable = self._why_unreadable(error)
             # The plan of the epoch counts on an item here: it gets one that teaches nothing.
-            if path not in self._told:
-                self._told[path] = None
-                logger.warning("skipped, also at later showings: %s", error)
-            pixels, weight = np.full((training_height, training_width, 3), 127, dtype=np.uint8), 0.0
+            pixels, weight = blank_picture(placement.size, as_bytes=True), 0.0
+        if self.shuffle_tags:
+            text = shuffled_tags(text, self.keep_tags, keyed_generator("tags", *key))
         return {
-            **self._shown(pixels, path, placement),
+            **self._shown(pixels, path, placement, unreadable),
             "caption": "" if dropped else text,
             "exposure": exposure,
             "loss_weight": torch.tensor(weight, dtype=torch.float32),
@@ -496,14 +494,32 @@ class WebShards(Dataset[dict[str, Any]]):
         """
         return replayed(entry, self.read_pixels)
 
-    def _shown(self, pixels: npt.NDArray[np.uint8], path: str, placement: Placement) -> dict[str, Any]:
+    def _shown(
+        self, pixels: npt.NDArray[np.uint8], path: str, placement: Placement, unreadable: str = ""
+    ) -> dict[str, Any]:
         return {
             "image": pixels if self.as_bytes else to_unit_range(pixels),
-            **placed(path, placement),
+            **placed(path, placement, unreadable),
         }
 
+    def _why_unreadable(self, error: OSError) -> str:
+        """Say why a sample cannot be read where such are skipped; else raise that."""
+        if self.on_bad_image == "skip":
+            return str(error)
+        raise error
+
     def _read_sample(self, shard: int, sample: int) -> tuple[bytes, str]:
-        """Read a sample's picture and caption out of its tar."""
+        """Read a sample's picture and caption out of its tar.
+
+        Raises:
+            UnreadableError: the tar has gone, has changed or cannot be read.
+        """
+        try:
+            return self._read_local_or_fetched(shard, sample)
+        except (OSError, ValueError) as error:
+            raise UnreadableError(why_unreadable(public_name(self.shards[shard]), error)) from error
+
+    def _read_local_or_fetched(self, shard: int, sample: int) -> tuple[bytes, str]:
         try:
             return self._read_from(self._files.local_path(shard), shard, sample)
         except FileNotFoundError:
@@ -521,7 +537,10 @@ class WebShards(Dataset[dict[str, Any]]):
     def _pixels(self, picture: bytes, path: str, placement: Placement) -> npt.NDArray[np.uint8]:
         stream = io.BytesIO(picture)
         stream.name = path  # for the message of an error
-        return read_training_bytes(stream, placement, self.resize_mode, self._resample)
+        try:
+            return read_training_bytes(stream, placement, self.resize_mode, self._resample)
+        except OSError as error:
+            raise UnreadableError(why_unreadable(path, error)) from error
 
     def _count(self, shard: int) -> int:
         if shard not in self._counts:

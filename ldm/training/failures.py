@@ -12,7 +12,9 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from ldm.training.callbacks import LastCheckpoint
 from ldm.training.console import command_word
+from ldm.training.loader_failures import explain_loader_failure
 from ldm.training.loss_guard import NotFiniteError
 
 OUT_OF_MEMORY_WORDS: Final = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
@@ -42,13 +44,17 @@ def explain(
         The exception to raise in its place: a ValueError, OSError or MemoryError of one line where the user
         can put it right, else a :class:`TrainingError`; ``error`` itself where it says all there is to say.
     """
+    loader_failure = explain_loader_failure(error, config)
+    if loader_failure is not None:
+        line, words = loader_failure
+        return ChildProcessError(f"{line}; then type {_resume_command(trainer)} {words}")
     if _is_out_of_memory(error):
         return MemoryError(_out_of_memory_advice(config, error))
     if not has_begun:
         problem = _restore_problem(error, trainer, checkpoint) if checkpoint is not None else None
         return error if problem is None else ValueError(problem)
     if isinstance(error, OSError):
-        return error if "\n" not in str(error) else OSError(first_cause(error).partition(": ")[2])
+        return _with_remedy(error, trainer)
     if isinstance(error, (MisconfigurationException, NotFiniteError)):
         return error
     return TrainingError(f"training failed at step {trainer.global_step}: {first_cause(error)}")
@@ -67,6 +73,23 @@ def first_cause(error: BaseException) -> str:
     if re.match(r"Caught \w+ in DataLoader worker process", text):
         return text.splitlines()[-1].strip()
     return f"{type(error).__name__}: {text}"
+
+
+def _with_remedy(error: OSError, trainer: pl.Trainer) -> OSError:
+    """Word a file that failed in one line, with what its class says to do about it."""
+    remedy = getattr(error, "remedy", None)
+    if remedy is None and "\n" not in str(error):
+        return error
+    line = str(error) if "\n" not in str(error) else first_cause(error).partition(": ")[2]
+    return OSError(line if remedy is None else f"{line}; {remedy.format(resume=_resume_command(trainer))}")
+
+
+def _resume_command(trainer: pl.Trainer) -> str:
+    """Give the command that continues a run, where there is a checkpoint to continue from."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, LastCheckpoint) and callback.path.exists() for callback in callbacks):
+        return f"python main.py -t -r {command_word(trainer.default_root_dir)}"
+    return "the same command"
 
 
 def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) -> str | None:

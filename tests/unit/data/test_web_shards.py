@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ldm.data.exposure_set import ExposureSet, Filler
 from ldm.data.image_transform import Placement
+from ldm.data.items import UnreadableError
 from ldm.data.sampler import EpochBatches
 from ldm.data.shard_files import GIB
 from ldm.data.web_shards import ShardRow, WebShards
@@ -284,13 +285,32 @@ def test_a_picture_that_breaks_when_it_is_decoded_ends_the_run_with_its_name(mak
 
 
 def test_a_picture_that_breaks_when_it_is_decoded_teaches_nothing_where_such_are_skipped(
-    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make: Make, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "laion" / "00000.tar", {"9.png": picture_bytes(9)[:-200], "9.txt": b"nine"})
     item = make(on_bad_image="skip")[0]
     assert float(item["loss_weight"]) == 0
     assert item["image"].shape == (16, 16, 3)
-    assert "00000.tar/9.png" in caplog.text
+    assert "00000.tar/9.png: cannot be read: " in item["unreadable"]
+
+
+def test_a_shard_that_vanishes_during_a_run_is_named(make: Make, tmp_path: Path) -> None:
+    dataset = make()
+    len(dataset)
+    for shard in dataset.shards:
+        Path(shard).unlink()
+    with pytest.raises(UnreadableError, match=r"laion/0000\d\.tar: has vanished since the run began"):
+        dataset[0]
+
+
+def test_samples_of_a_shard_that_changes_during_a_run_teach_nothing_where_such_are_skipped(make: Make) -> None:
+    dataset = make(on_bad_image="skip")
+    sound = dataset[0]
+    Path(sound["path"]).parent.write_bytes(b"something else")
+    item = dataset[0]
+    assert item.keys() == sound.keys()
+    assert (sound["unreadable"], float(item["loss_weight"])) == ("", 0.0)
+    assert ".tar: cannot be read: has changed since its index was built" in item["unreadable"]
 
 
 def test_shards_without_a_sample_are_refused(make: Make, tmp_path: Path) -> None:

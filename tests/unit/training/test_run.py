@@ -282,7 +282,12 @@ def test_a_picture_that_vanishes_while_training_is_named_in_one_line(
     words = [f"data.params.num_workers={workers}", "--data_root", "mine", "--max_epochs", "2"]
     assert main([*command, *words, target("LosesAPicture")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"error: mine/folder0/a plain square 0_\.png: No such file or directory", line)
+    run = run_folder()
+    assert line == (
+        "error: mine/folder0/a plain square 0_.png: has vanished since the run began; put it back and type python main.py"
+        f" -t -r {run}; to go on without it, type python main.py -t -r {run} --on_bad_image skip --accept_changes"
+    )
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
 
 
 def test_a_fault_in_a_loader_process_is_told_with_its_own_words(
