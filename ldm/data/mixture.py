@@ -342,7 +342,7 @@ class Mixture(Dataset[dict[str, Any]]):
         """Read one exposure: an item of one of the sets; a filler of this set is one of that."""
         name, number = self.locate(int(index))
         item: dict[str, Any] = self.parts[name][Filler(number) if isinstance(index, Filler) else number]
-        return item
+        return {"unreadable": "", **item}  # sets of other projects do not say it, and batches need it of all or none
 
     def replay(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Show an exposure again, as the ledger of a run has it.

@@ -13,6 +13,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from ldm.training.accumulation import EqualWeights
 from ldm.training.background_saving import BackgroundCheckpointIO
+from ldm.training.bad_pictures import BadPictures
 from ldm.training.callbacks import (
     Beginning,
     LastCheckpoint,
@@ -149,7 +150,7 @@ def _build_callbacks(
     validates: bool,
 ) -> list[Callback]:
     """Build all callbacks, the user's included."""
-    callbacks: list[Callback] = [Resumption(), Beginning(), LatentCaching(), EqualWeights(batch_size)]
+    callbacks: list[Callback] = [Resumption(), Beginning(), BadPictures(), LatentCaching(), EqualWeights(batch_size)]
     if arguments.get("enable_progress_bar", True) and not arguments.get("barebones"):
         callbacks.append(RunProgress())
     configs = merged_callbacks(lightning.get("callbacks") or {})
