@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.data.buckets import EpochPlan, Segments, count_batches, number_sizes, plan_epoch
 from ldm.data.exposure_set import ExposureSet, Filler
+from ldm.data.loader_processes import death_watch
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -190,7 +192,15 @@ class EpochLoader(DataLoader[Any]):
     def _batches(self) -> Iterator[Any]:
         if isinstance(self.batch_sampler, EpochBatches):
             self.batch_sampler.start = self.progress.batches_done if self.progress is not None else 0
-        yield from super().__iter__()
+        batches = super().__iter__()
+        watch = death_watch() if self.num_workers else None
+        while True:
+            with nullcontext() if watch is None else watch.awaiting():
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: where an epoch goes on follows from the trainer's own count.
