@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
+import sysconfig
 import textwrap
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from inspect import isfunction
-from typing import Any, TypeVar
+from inspect import isclass, isfunction
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 T = TypeVar("T")
 
@@ -50,24 +55,85 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
         raise ValueError(f"target '{string}': module '{module_name}' has no '{name}'") from error
 
 
-def instantiate_from_config(config: Mapping[str, Any] | str) -> Any:
+@runtime_checkable
+class Schedule(Protocol):
+    """What a ``scheduler_config`` names: gives the factor of the learning rate at a step."""
+
+    def schedule(self, n: int) -> float:
+        """Return the factor at optimiser step ``n``."""
+        ...
+
+
+def kind_problem(found: Any, kind: type) -> str | None:
+    """Say why a target must not be called where a certain kind of object is wanted.
+
+    A config that somebody gives away can name any function of the machine, ``os.system`` too. So a class has to be
+    of the kind, and a function to state by its annotation that it returns one.
+
+    Args:
+        found: what the ``target:`` string names.
+        kind: the class that it must be or make. For data sets, a class of the user's own that only has
+            ``__len__`` and ``__getitem__`` does as well.
+
+    Returns:
+        The end of a sentence that begins with the target; None where it fits.
+    """
+    wanted = kind.__name__
+    if isclass(found):
+        if issubclass(found, kind):
+            return None
+        if kind is Dataset:
+            if not (hasattr(found, "__getitem__") or hasattr(found, "__iter__")):
+                return "is not a data set (it has no __getitem__)"
+            if not _is_installed(found):
+                return None
+            return "is not a data set; derive it from torch.utils.data.Dataset"
+        return f"is not a {wanted}, which this section needs"
+    if not isfunction(found):
+        return f"is neither a class nor a Python function, and this section needs a {wanted}"
+    try:
+        returned = typing.get_type_hints(found).get("return")
+    except Exception:  # noqa: BLE001 - an annotation can hold any expression
+        returned = None
+    returned = typing.get_origin(returned) or returned
+    if isclass(returned) and issubclass(returned, kind):
+        return None
+    return f"is a function that does not say that it returns a {wanted}; write '-> {wanted}' where it is defined"
+
+
+def _is_installed(found: type) -> bool:
+    """Tell whether a class comes with Python or an installed package, rather than being the user's own."""
+    file = getattr(sys.modules.get(found.__module__), "__file__", None)
+    if found.__module__ == "builtins" or found.__module__.partition(".")[0] in sys.stdlib_module_names:
+        return True
+    folders = [Path(folder).resolve() for folder in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))]
+    return file is not None and any(Path(file).resolve().is_relative_to(folder) for folder in folders)
+
+
+def instantiate_from_config(config: Mapping[str, Any] | str, kind: type | None = None) -> Any:
     """Build what a ``{target, params}`` mapping describes.
 
     Args:
         config: mapping with ``target`` (dotted path) and optional ``params`` (keyword arguments). The
             strings ``"__is_first_stage__"`` and ``"__is_unconditional__"`` stand for nothing to build.
+        kind: what the target must be or return, see :func:`kind_problem`; None: anything, for configs that come
+            from no file.
 
     Returns:
         The built object, or None for the two strings.
 
     Raises:
-        ValueError: there is no ``target`` or it cannot be imported.
+        ValueError: there is no ``target``, it cannot be imported or is of another kind; nothing was called.
     """
     if config in ("__is_first_stage__", "__is_unconditional__"):
         return None
     if not isinstance(config, Mapping) or "target" not in config:
         raise ValueError(f"expected a mapping with the key 'target', got {config!r}")
-    return get_obj_from_str(config["target"])(**(config.get("params") or {}))
+    found = get_obj_from_str(config["target"])
+    problem = None if kind is None else kind_problem(found, kind)
+    if problem is not None:
+        raise ValueError(f"target '{config['target']}' {problem}")
+    return found(**(config.get("params") or {}))
 
 
 def exists(value: Any) -> bool:

@@ -100,7 +100,7 @@ def build_ours(options: argparse.Namespace, section: dict[str, Any], device: Any
     from ldm.util import get_obj_from_str, instantiate_from_config
 
     with torch.device(device):
-        model = instantiate_from_config(section).eval()
+        model = instantiate_from_config(section, torch.nn.Module).eval()
     # The schedule's tables stay as they are: rounded ones would be another schedule.
     for part in (model.model, model.first_stage_model, model.cond_stage_model):
         prepare(part, options)

@@ -225,7 +225,7 @@ def build_part(prefix: str, params: Mapping[str, Any]) -> nn.Module:
     if prefix == VAE:
         kept = {key: config["params"][key] for key in ("ddconfig", "embed_dim")}
         config["params"] = {**kept, "lossconfig": {"target": "torch.nn.Identity"}}
-    built: nn.Module = instantiate_from_config(config)
+    built: nn.Module = instantiate_from_config(config, nn.Module)
     return built.transformer if prefix == TEXT else built  # type: ignore[return-value]
 
 

@@ -35,7 +35,7 @@ def make_tiny_checkpoint(config: Path, out: Path, seed: int) -> int:
     """
     torch.manual_seed(seed)
     section: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(config).model, resolve=True)  # type: ignore[assignment]
-    model = instantiate_from_config(section)
+    model = instantiate_from_config(section, torch.nn.Module)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".tmp")
     torch.save({"state_dict": model.state_dict(), "global_step": 0}, unfinished)

@@ -365,7 +365,7 @@ def load_model(options: argparse.Namespace) -> Any:
         weights = with_averages(weights, checkpoint)
     device = choose_device(options.device)
     with torch.device(device):
-        model = instantiate_from_config(section)
+        model = instantiate_from_config(section, torch.nn.Module)
     report = load_weights(model, weights, source=str(checkpoint))
     print(f"{checkpoint} by {config}, on {device}")
     if has_averages:

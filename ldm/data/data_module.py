@@ -144,7 +144,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self._check_batch_size()
 
     def _build(self, split: str, config: Mapping[str, Any]) -> Any:
-        dataset = instantiate_from_config(config)
+        dataset = instantiate_from_config(config, Dataset)
         where = f"data.params.{split}.target {config.get('target')!r}"
         if isinstance(dataset, IterableDataset) or not (
             hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")

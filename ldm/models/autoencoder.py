@@ -22,7 +22,7 @@ from ldm.models.keyed_batches import batch_exposures, count_real, loss_weights, 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import instantiate_from_config
+from ldm.util import Schedule, instantiate_from_config
 
 Batch = Mapping[str, Any]
 
@@ -122,7 +122,7 @@ class _Autoencoder(pl.LightningModule, ABC):
         self.downsampling_factor = 2 ** (len(ddconfig["ch_mult"]) - 1)
         self.encoder = Encoder(**_arguments(ddconfig, Encoder))
         self.decoder = Decoder(**_arguments(ddconfig, Decoder))
-        self.loss = instantiate_from_config(lossconfig)
+        self.loss = instantiate_from_config(lossconfig, nn.Module)
         if colorize_nlabels is not None:
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
 
@@ -331,7 +331,7 @@ class _Autoencoder(pl.LightningModule, ABC):
         ]
         if self.scheduler_config is None:
             return optimizers, []
-        schedule = instantiate_from_config(self.scheduler_config)
+        schedule = instantiate_from_config(self.scheduler_config, Schedule)
         schedulers = [torch.optim.lr_scheduler.LambdaLR(each, lr_lambda=schedule.schedule) for each in optimizers]
         return optimizers, [{"scheduler": each, "interval": "step", "frequency": 1} for each in schedulers]
 

@@ -24,9 +24,10 @@ from ldm.training.config_check import (
     check_config,
     tidy_sections,
 )
-from ldm.training.config_tree import ConfigTree, leaves, nearest, read_yaml
+from ldm.training.config_tree import ConfigTree, leaves, nearest, nodes, read_yaml
 from ldm.training.legacy_2022 import DATASETS, RULES, TRAINER_RULES, translate, translate_gpus
 from ldm.training.machine_check import check_machine
+from ldm.training.targets import comes_with
 
 DEFAULT_SOURCE: Final = "default"
 _COMMENT_COLUMN: Final = 72
@@ -78,7 +79,11 @@ def load_run_config(options: Options) -> RunConfig:
     said, wrong = translate(config, RULES)
     notices += said
     problems += wrong
-    _complete(config, options, notices)
+    if options.resume:
+        problems += _code_of_run(config, Path(options.resume))
+        if problems:
+            raise ValueError("\n".join(problems))
+    _complete(config, options, layers[0].get("run.seed") if options.resume else None, notices)
     problems += check_config(config, options.train)
     if options.train:
         missing = check_machine(config, resuming=options.resume is not None)
@@ -88,6 +93,28 @@ def load_run_config(options: Options) -> RunConfig:
         raise ValueError("\n".join(problems))
     sources = {path: config.source(path) for path, _ in leaves(config.tree)}
     return RunConfig(OmegaConf.create(config.tree), sources, list(dict.fromkeys(notices)))
+
+
+def said_of_run(options: Options, name: str) -> Any:
+    """Read what is said about a run before it is known which run it is.
+
+    Args:
+        options: the command line.
+        name: a setting of the ``run`` section, such as ``logdir``.
+
+    Returns:
+        The flag's value, else the override's or the last configuration file's, else the default.
+
+    Raises:
+        ValueError: one line for each file or override that cannot be read.
+    """
+    if _is_given(options, name):
+        return getattr(options, name)
+    layers, problems = _read_layers(list(options.base), options)
+    if problems:
+        raise ValueError("\n".join(problems))
+    said = [layer.get(f"run.{name}") for layer in layers if layer.has(f"run.{name}")]
+    return said[-1] if said else getattr(options, name)
 
 
 def resume_files(resume: str) -> list[str]:
@@ -122,6 +149,18 @@ def resume_files(resume: str) -> list[str]:
     newest = saved[-1]
     trainer = newest.with_name(newest.name.replace("-project.yaml", "-lightning.yaml"))
     return [newest.as_posix(), *([trainer.as_posix()] if trainer.is_file() else [])]
+
+
+def _code_of_run(config: ConfigTree, resume: Path) -> list[str]:
+    """Find the targets whose code came with the run that is to be continued; a line for each."""
+    folder = resume.parent if resume.is_file() else resume
+    run = folder.parent if folder.name == "checkpoints" else folder
+    return [
+        f"{config.source(path)}: {path}: target {value} lies with the run that is continued, and code that comes with "
+        f"a run is not run; if it is yours, move it out of {run.as_posix()} and the folders above that"
+        for path, value in nodes(config.tree)
+        if path.rpartition(".")[2] == "target" and isinstance(value, str) and comes_with(value, run)
+    ]
 
 
 def format_config(run_config: RunConfig) -> str:
@@ -231,8 +270,11 @@ def _resolve(config: ConfigTree) -> None:
         raise ValueError(f"{config.source(key)}: {key}: {reason}") from None
 
 
-def _complete(config: ConfigTree, options: Options, notices: list[str]) -> None:
-    """Write into the config what flags and defaults say: the run section, data roots, seeds, devices."""
+def _complete(config: ConfigTree, options: Options, drawn_seed: Any, notices: list[str]) -> None:
+    """Write into the config what flags and defaults say: the run section, data roots, seeds, devices.
+
+    ``drawn_seed`` is that of the run which is continued, maybe by the very command that had it drawn.
+    """
     saved_seed = config.get("run.seed")
     saved_root = config.get("run.data_root")
     for setting in fields(RunSection):
@@ -241,7 +283,9 @@ def _complete(config: ConfigTree, options: Options, notices: list[str]) -> None:
             config.set(path, getattr(options, setting.name), f"flag --{_flag_name(setting.name)}")
         elif not config.has(path):
             config.set(path, setting.default, DEFAULT_SOURCE)
-    if config.get("run.seed") == -1:
+    if config.get("run.seed") == -1 and drawn_seed not in (None, -1):
+        config.set("run.seed", drawn_seed, DEFAULT_SOURCE)
+    elif config.get("run.seed") == -1:
         seed = random.SystemRandom().randrange(2**31)
         notices.append(f"{config.source('run.seed')}: run.seed: -1 draws a seed: {seed}")
         config.set("run.seed", seed, config.source("run.seed"))

@@ -6,7 +6,6 @@ say. Every problem becomes one line with file, key and what to do, and all are f
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import StrategyRegistry
+from torch.utils.data import Dataset
 
 from ldm.training.annotations import describe, describe_value, fits
 from ldm.training.callbacks import time_span
@@ -27,6 +27,7 @@ from ldm.training.config_tree import ConfigTree, leaves, nearest
 from ldm.training.legacy_2022 import DATASETS, TRAINER_WORDS
 from ldm.training.targets import Accepted, Parameter, accepted_parameters, resolve_target
 from ldm.training.trainer import DEFAULT_CALLBACKS
+from ldm.util import Schedule, kind_problem
 
 DEFAULT_TARGETS: Final[Mapping[str, str]] = {
     **{f"lightning.callbacks.{name}": callback["target"] for name, callback in DEFAULT_CALLBACKS.items()},
@@ -78,6 +79,7 @@ _ROUNDING_PRECISIONS: Final = ("bf16-true", "16-true", "64-true", "64", "transfo
 """Precisions that store the weights themselves in other numbers than the 32-bit ones that training needs."""
 
 _MODULE_KEYS: Final = ("unet_config", "first_stage_config", "cond_stage_config", "lossconfig")
+_DATA_SET_PATH: Final = re.compile(r"data\.params\.\w+(\.params\.sets\.[^.]+)*")
 _CODER: Final = "ldm.modules.diffusionmodules.model"
 
 
@@ -381,12 +383,10 @@ class _Check:
             self.add(f"{path}.target", str(error))
             self.inner_sections(path, node)
             return None
-        if kind is not None and inspect.isclass(found) and not issubclass(found, kind):
-            self.add(f"{path}.target", f"target {target} is not a {kind.__name__}, which this section needs")
+        problem = None if kind is None else kind_problem(found, kind)
+        if problem is not None:
+            self.add(f"{path}.target", f"target {target} {problem}")
             self.inner_sections(path, node)
-            return None
-        if re.fullmatch(r"data\.params\.\w+", path) and inspect.isclass(found) and not _is_data_set(found):
-            self.add(f"{path}.target", f"target {target} is not a data set (it has no __getitem__)")
             return None
         params = node.get("params")
         if params is not None and not isinstance(params, dict):
@@ -458,7 +458,7 @@ class _Check:
         if not isinstance(value, dict):
             return
         if "target" in value:
-            self.section(path, value, torch.nn.Module if key in _MODULE_KEYS else None)
+            self.section(path, value, _kind_of(path, key))
         elif "params" in value:
             close = nearest("target", [known for known in value if known != "params"])
             self.add(path, f"has params but no target; {f'is {close} meant to be target?' if close else 'add target'}")
@@ -507,8 +507,11 @@ def _devices_fit(devices: Any) -> bool:
     return not isinstance(devices, int) or devices == -1 or devices >= 1
 
 
-def _is_data_set(found: type) -> bool:
-    return hasattr(found, "__getitem__") or hasattr(found, "__iter__")
+def _kind_of(path: str, key: str) -> type | None:
+    """Tell what a nested section's target must be; None where only whoever reads the section knows."""
+    if _DATA_SET_PATH.fullmatch(path):
+        return Dataset
+    return Schedule if key == "scheduler_config" else torch.nn.Module if key in _MODULE_KEYS else None
 
 
 def _meant(value: Any, annotation: Any) -> str | None:

@@ -6,6 +6,7 @@ The checker asks before anything is built; nothing here calls a target.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import pkgutil
@@ -13,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -114,6 +116,32 @@ def resolve_target(target: str) -> Any:
     if not callable(found):
         raise ValueError(f"target {target} is no class or function (but of type {type(found).__name__})")
     return found
+
+
+def comes_with(target: str, run: Path) -> bool:
+    """Tell whether the code that a target names lies in a run's folder, or in a package that holds that folder.
+
+    Python takes any folder below the working directory for a package, ``logs`` too: a run that somebody gives
+    away could bring a module along and name it in its saved config. Nothing is imported to find out.
+
+    Args:
+        target: dotted path.
+        run: the run's folder.
+
+    Returns:
+        Whether it does.
+    """
+    try:
+        specification = importlib.machinery.PathFinder.find_spec(target.partition(".")[0])
+    except (ImportError, ValueError):
+        return False
+    if specification is None:
+        return False
+    run = run.resolve()
+    packages = [Path(folder).resolve() for folder in specification.submodule_search_locations or ()]
+    if any(run.is_relative_to(folder) or folder.is_relative_to(run) for folder in packages):
+        return True
+    return specification.has_location and Path(str(specification.origin)).resolve().is_relative_to(run)
 
 
 def accepted_parameters(target: Any) -> Accepted:

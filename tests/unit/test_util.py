@@ -25,6 +25,15 @@ def test_a_config_without_target_is_an_error():
         instantiate_from_config({"params": {}})
 
 
+@pytest.mark.parametrize(("target", "params"), [("os.mkdir", {"path": "made"}), ("shelve.open", {"filename": "made"})])
+@pytest.mark.parametrize("kind", [torch.nn.Module, torch.utils.data.Dataset])
+def test_a_target_of_another_kind_is_not_called(tmp_path, monkeypatch, kind, target, params):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"target '{target}' is"):
+        instantiate_from_config({"target": target, "params": params}, kind)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_captions_are_drawn_dark_on_white():
     page = log_txt_as_img((64, 32), ["hello", ""])
     assert page.shape == (2, 3, 32, 64)

@@ -89,3 +89,17 @@ class Data(pl.LightningDataModule):
 
 def build_part(width: int) -> Part:
     return Part(width)
+
+
+def build_something(width: int):  # type: ignore[no-untyped-def]
+    return Part(width)
+
+
+class OwnPictures:
+    """A data set of a user who knows nothing of torch's class."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return index

@@ -294,6 +294,19 @@ def test_resume_alone_takes_the_runs_own_config(load: Load, named: str) -> None:
     assert (run.name, run.seed, run.data_root) == ("mine", 7, "pictures")
 
 
+@pytest.mark.parametrize("code", ["logs/run/given_code.py", "logs/given_code.py", "logs/run/__init__.py"])
+def test_code_that_comes_with_a_run_is_not_imported(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    saved_run(load)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path(code).write_text(f"import os; os.mkdir({str(tmp_path / 'made')!r})\n", encoding="utf-8")
+    target = f"{code.removesuffix('.py').replace('/', '.')}.Model"
+    found = problems(load, "--bare", "-r", "logs/run", f"model.target={target}")
+    assert found[0].startswith(f"override: model.target: target {target} lies with the run that is continued")
+    assert not (tmp_path / "made").exists()
+
+
 def test_resume_takes_the_newest_saved_config_and_words_on_top(load: Load) -> None:
     saved_run(load)
     newer = Path("logs/run/configs/2022-10-26T00-00-00-project.yaml")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,44 @@ def test_sections_in_lists_and_mappings_are_checked(check: Check) -> None:
 def test_a_function_is_a_target_too(check: Check) -> None:
     assert check(f"model.params.extras.part={{target: {DUMMY}.build_part, params: {{width: 3}}}}") == []
     assert check(f"model.params.extras.part={{target: {DUMMY}.build_part, params: {{wide: 3}}}}") != []
+
+
+FOREIGN = (
+    *("os.system", "subprocess.call", "subprocess.Popen", "builtins.eval", "builtins.open", "io.FileIO"),
+    *("shutil.rmtree", "numpy.memmap", "mailbox.mbox", "torch.hub.load", "torch.jit.load", f"{DUMMY}.build_something"),
+)
+"""What a config must not be able to call."""
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "targets"),
+    [
+        ("data.params.train", "Dataset|data set", FOREIGN),
+        ("model.params.unet_config", "Module", FOREIGN),
+        ("model", "LightningModule", FOREIGN[:1]),
+        ("data", "LightningDataModule", FOREIGN[:1]),
+        ("model.params.extras.scheduler_config", "Schedule", FOREIGN[:1]),
+        ("lightning.callbacks.mine", "Callback", FOREIGN[:1]),
+        ("lightning.logger", "Logger", FOREIGN[:1]),
+        ("lightning.modelcheckpoint", "Checkpoint", FOREIGN[:1]),
+    ],
+)
+def test_a_target_that_does_something_else_is_refused_before_it_is_called(
+    check: Check, section: str, kind: str, targets: Sequence[str]
+) -> None:
+    for target in targets:
+        found = [line for line in check(f"{section}.target={target}") if line.startswith(f"{section}.target: target")]
+        assert len(found) == 1
+        reason = rf"{re.escape(target)} is (not a|neither a class|a function that does not say).*({kind})"
+        assert re.search(reason, found[0])
+
+
+def test_a_data_set_of_ones_own_need_not_be_torchs(check: Check) -> None:
+    assert not any("target" in line for line in check(f"data.params.train.target={DUMMY}.OwnPictures"))
+
+
+def test_a_function_that_says_what_it_returns_may_stand_for_a_class(check: Check) -> None:
+    assert not any(".target" in line for line in check(f"model.params.unet_config.target={DUMMY}.build_part"))
 
 
 def test_a_section_without_target_is_recognised_by_its_params(check: Check) -> None:
