@@ -213,7 +213,7 @@ class Mixture(Dataset[dict[str, Any]]):
         problems: list[str] = []
         for name, config in configs.items():
             try:
-                parts[name] = instantiate_from_config(config)
+                parts[name] = instantiate_from_config(config, Dataset)
             except (ValueError, OSError) as error:
                 problems += [f"set {name}: {line}" for line in str(error).splitlines()]
                 continue

@@ -223,7 +223,7 @@ def _build_trainer(run: Run) -> pl.Trainer:
 
 def _build_data(run: Run) -> Any:
     """Build and check the data sets, before anything that takes long."""
-    data = instantiate_from_config(run.config["data"])
+    data = instantiate_from_config(run.config["data"], pl.LightningDataModule)
     data.setup("fit")
     if "train" not in data.datasets:
         raise ValueError("data.params.train is missing: give it target: ldm.data.every_dream.EveryDreamBatch")
@@ -267,7 +267,7 @@ def _build_model(run: Run) -> tuple[pl.LightningModule, list[str]]:
     The weights as read are gone when this returns; training needs their room.
     """
     weights, source = _read_weights(run)
-    model: pl.LightningModule = instantiate_from_config(run.config["model"])
+    model: pl.LightningModule = instantiate_from_config(run.config["model"], pl.LightningModule)
     notes = [] if weights is None else load_weights(model, weights, source=source).notes
     return model, [source, *notes]
 
@@ -366,7 +366,7 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
     begin = _beginning(trainer)
     leave_to_model(trainer, model)
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=run.checkpoint)
+        trainer.fit(model, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     except Interrupted:
         _say_how_to_continue(run)
         raise

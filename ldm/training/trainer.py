@@ -135,7 +135,7 @@ def _build_logger(config: Mapping[str, Any] | None, run_directory: RunDirectory)
     if config is None:
         return TensorBoardLogger(str(run_directory.path), name="", version=CURVES, default_hp_metric=False)
     params = {"save_dir": str(run_directory.path), **(config.get("params") or {})}
-    built: Logger = get_obj_from_str(config["target"])(**params)
+    built: Logger = instantiate_from_config({"target": config["target"], "params": params}, Logger)
     return built
 
 
@@ -154,7 +154,7 @@ def _build_callbacks(
     if arguments.get("enable_progress_bar", True) and not arguments.get("barebones"):
         callbacks.append(RunProgress())
     configs = merged_callbacks(lightning.get("callbacks") or {})
-    built = [instantiate_from_config(config) for config in configs.values()]
+    built = [instantiate_from_config(config, Callback) for config in configs.values()]
     if arguments["logger"] is False:
         built = [callback for callback in built if not isinstance(callback, LearningRateMonitor)]
     callbacks += built

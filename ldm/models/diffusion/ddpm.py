@@ -23,7 +23,7 @@ from ldm.models.diffusion.noise_schedule import build_noise_schedule, condition_
 from ldm.models.keyed_batches import batch_exposures, count_real, loss_weights, move_draw, move_pictures
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
-from ldm.util import instantiate_from_config, mean_flat
+from ldm.util import Schedule, instantiate_from_config, mean_flat
 
 Batch = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ class DiffusionWrapper(pl.LightningModule):
         if conditioning_key not in CONDITIONING_KEYS:
             names = ", ".join("null" if key is None else key for key in CONDITIONING_KEYS)
             raise ValueError(f"model.params.conditioning_key is '{conditioning_key}'; use one of {names}")
-        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.diffusion_model = instantiate_from_config(diff_model_config, nn.Module)
         self.conditioning_key = conditioning_key
 
     def forward(
@@ -571,7 +571,7 @@ class DDPM(pl.LightningModule):
         )
         if self.scheduler_config is None:
             return optimizer
-        schedule = instantiate_from_config(self.scheduler_config)
+        schedule = instantiate_from_config(self.scheduler_config, Schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule.schedule)
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
 
@@ -674,7 +674,7 @@ class LatentDiffusion(DDPM):
         else:
             self.scale_factor = scale_factor
 
-        self.first_stage_model = instantiate_from_config(first_stage_config)
+        self.first_stage_model = instantiate_from_config(first_stage_config, nn.Module)
         self.first_stage_model.requires_grad_(False)
         if cond_stage_config == "__is_first_stage__" and cond_stage_trainable:
             raise ValueError(
@@ -683,7 +683,7 @@ class LatentDiffusion(DDPM):
         if cond_stage_config == "__is_first_stage__":
             self.cond_stage_model = self.first_stage_model
         else:
-            self.cond_stage_model = instantiate_from_config(cond_stage_config)
+            self.cond_stage_model = instantiate_from_config(cond_stage_config, nn.Module)
             if getattr(self.cond_stage_model, "frozen", False):
                 self.cond_stage_trainable = False
             if self.cond_stage_model is not None:
