@@ -26,6 +26,35 @@ def batch_length(batch: Any) -> int:
     return length
 
 
+def readable_rows(batch: Any) -> Any:
+    """Leave out of a batch the pictures that could not be read and are grey in it.
+
+    Args:
+        batch: the batch; a dictionary whose ``unreadable`` says of each picture why, or is empty.
+
+    Returns:
+        The batch, itself where all could be read; None where none could.
+    """
+    if not isinstance(batch, Mapping) or not any(batch.get("unreadable", ())):
+        return batch
+    rows = [row for row, reason in enumerate(batch["unreadable"]) if not reason]
+    length = len(batch["unreadable"])
+    return {name: _rows_of(value, rows, length) for name, value in batch.items()} if rows else None
+
+
+def share_that_counts(batch: Any) -> float:
+    """Measure how many of a batch's pictures count in its loss.
+
+    Args:
+        batch: the batch; a dictionary with ``loss_weight`` (B,), or any other, of which all count.
+
+    Returns:
+        The share of those whose weight is above 0, in [0, 1].
+    """
+    weights = batch.get("loss_weight") if isinstance(batch, Mapping) else None
+    return float((weights > 0).float().mean()) if isinstance(weights, Tensor) and len(weights) else 1.0
+
+
 def batch_captions(batch: Any) -> list[str] | None:
     """Read the captions of a batch.
 
@@ -40,6 +69,15 @@ def batch_captions(batch: Any) -> list[str] | None:
             if key in batch:
                 return [str(caption) for caption in batch[key]]
     return None
+
+
+def _rows_of(value: Any, rows: list[int], length: int) -> Any:
+    """Choose rows of what has one for each picture."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == length else value
+    if isinstance(value, (list, tuple)) and len(value) == length:
+        return [value[row] for row in rows]
+    return value
 
 
 def _first_length(value: Any) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.training.batches import batch_captions, batch_length
+from ldm.training.batches import batch_captions, batch_length, readable_rows
 from ldm.training.image_sheet import grid, image_to_tensor, overview, to_pixels
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,8 @@ class ImageLogger(pl.Callback):
             OSError: if a file cannot be written.
         """
         log_images = getattr(pl_module, "log_images", None)
-        if self.disabled or not callable(log_images) or not trainer.is_global_zero:
+        batch = readable_rows(batch)
+        if self.disabled or batch is None or not callable(log_images) or not trainer.is_global_zero:
             return
         count = min(self.max_images, batch_length(batch))
         try:

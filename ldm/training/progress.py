@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.training.batches import batch_length
+from ldm.training.batches import batch_length, share_that_counts
 from ldm.training.console import is_terminal
 
 logger = logging.getLogger(__name__)
@@ -92,9 +92,10 @@ class RunProgress(ProgressBar):
         if not self._enabled:
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            # Lightning hands back the share of the optimiser step's loss.
-            self._losses.append(loss.detach() * trainer.accumulate_grad_batches)
+        share = share_that_counts(batch)
+        if isinstance(loss, Tensor) and share:
+            # Lightning hands back the share of the optimiser step's loss; what does not count is 0 in its mean.
+            self._losses.append(loss.detach() * (trainer.accumulate_grad_batches / share))
         now = time.monotonic()
         self._batches.append((now, batch_length(batch) * trainer.world_size))
         is_last = batch_idx + 1 >= trainer.num_training_batches

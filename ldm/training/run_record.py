@@ -28,6 +28,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Timer
 
+from ldm.training.bad_pictures import BadPictures
 from ldm.training.failures import TrainingError, first_cause
 from ldm.training.run_directory import RunDirectory
 from ldm.training.stop_signals import Interrupted
@@ -153,12 +154,14 @@ class RunRecord:
         self.note_losses(trainer)
         state, reason = why_it_ended(trainer, error)
         session = self._record["sessions"][-1]
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         session |= {
             "ended": now(),
             "state": state,
             "reason": reason,
             "wall_seconds": round(time.monotonic() - self._began, 3),
             "last_step": trainer.global_step,
+            "unreadable": next((dict(each.met) for each in callbacks if isinstance(each, BadPictures)), {}),
         }
         self._record |= {
             "state": state,
