@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ldm import exposure
 
+Batch = Mapping[str, Any]
+
 STAYS_ON_CPU: Final = ("exposure", "loss_weight")
 """What is needed on the CPU: fetching it back would wait for the device."""
 
@@ -58,6 +60,27 @@ def move_pictures(batch: Any, move: Callable[[Any], Any]) -> Any:
     staying = {name: batch[name] for name in STAYS_ON_CPU if name in batch}
     moved = move({name: value for name, value in batch.items() if name not in staying})
     return {**moved, **staying}
+
+
+def slice_rows(content: Any, rows: int, start: int, stop: int) -> Any:
+    """Take some pictures of a batch, with all that it says of them.
+
+    Args:
+        content: the batch, or anything inside it.
+        rows: pictures of the batch.
+        start: the first picture to take.
+        stop: the first one after it not to take.
+
+    Returns:
+        The same nest of mappings; tensors, lists and tuples with an entry a picture are cut, all else is as it was.
+    """
+    if isinstance(content, Mapping):
+        return {name: slice_rows(value, rows, start, stop) for name, value in content.items()}
+    if isinstance(content, Tensor):
+        return content[start:stop] if content.ndim and len(content) == rows else content
+    if isinstance(content, (list, tuple)) and len(content) == rows:
+        return content[start:stop]
+    return content
 
 
 def loss_weights(batch: Mapping[str, Any], rows: int) -> Tensor | None:

@@ -10,7 +10,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LEAVES = ("ldm.util", "ldm.exposure", "ldm.ledger", "ldm.checkpoint", "ldm.diffusers_format", "ldm.lr_scheduler")
+LEAVES = (
+    "ldm.util",
+    "ldm.exposure",
+    "ldm.ledger",
+    "ldm.out_of_memory",
+    "ldm.checkpoint",
+    "ldm.diffusers_format",
+    "ldm.lr_scheduler",
+)
 
 # Module prefix -> prefixes of `ldm` that it may import. The longest matching prefix counts. Models and data sets are
 # reached from ldm.training through `target:` strings, so it imports neither. Scripts that look at data need no run.
@@ -24,6 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ldm.util": (),
     "ldm.exposure": (),
     "ldm.ledger": ("ldm.exposure",),
+    "ldm.out_of_memory": (),
     "ldm.checkpoint": (),
     "ldm.diffusers_format": ("ldm.checkpoint", "ldm.util"),
     "ldm.lr_scheduler": (),

@@ -5,8 +5,8 @@ Wiring only: the formulas stand in the files beside this one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from ldm import exposure
 from ldm.checkpoint import load_weights, read_weights, without_wrapper_prefixes
 from ldm.models.autoencoder import VQModelInterface
+from ldm.models.batch_parts import BatchParts
 from ldm.models.diffusion import ancestral, gaussian_diffusion, image_rows, loss
 from ldm.models.diffusion.conditioning import CONDITIONING_KEYS, Condition, as_arguments
 from ldm.models.diffusion.noise_schedule import build_noise_schedule, condition_timesteps
-from ldm.models.keyed_batches import batch_exposures, count_real, loss_weights, move_draw, move_pictures
+from ldm.models.keyed_batches import Batch, batch_exposures, count_real, loss_weights, move_draw, move_pictures
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.util import Schedule, instantiate_from_config, mean_flat
-
-Batch = Mapping[str, Any]
 
 
 def _refuse_codebook_ids(asked: bool) -> None:
@@ -120,6 +119,7 @@ class DDPM(pl.LightningModule):
 
     Attributes:
         learning_rate: base learning rate, set by the run.
+        parts: takes batches in parts where they do not fit into memory; None takes each as a whole.
 
     Reference:
         Ho et al. 2020, arXiv 2006.11239.
@@ -213,6 +213,7 @@ class DDPM(pl.LightningModule):
         self.unfreeze_model = unfreeze_model
         self.model_lr = model_lr
         self.learning_rate = 0.0
+        self.parts: BatchParts | None = None
 
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
@@ -496,7 +497,8 @@ class DDPM(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute and log a batch's loss; a batch of fillers has none to log."""
         exposures = self._exposures(batch, batch_idx)
-        value, logged = self.shared_step(batch, exposures)
+        step = self.shared_step if self.parts is None else self.parts.train
+        value, logged = step(batch, exposures)
         real = count_real(loss_weights(batch, len(exposures)), len(exposures))
         if real:
             self.log_dict(logged, logger=True, on_step=True, on_epoch=True, batch_size=real)  # type: ignore[arg-type]
@@ -515,11 +517,12 @@ class DDPM(pl.LightningModule):
 
     def _log_evaluation(self, batch: Batch, batch_idx: int, prefix: str) -> None:
         exposures = self._exposures(batch, batch_idx)
-        _, live = self.shared_step(batch, exposures)
+        step = self.shared_step if self.parts is None else self.parts.evaluate
+        _, live = step(batch, exposures)
         averaged = live
         if self.use_ema:
             with self.ema_scope():
-                _, averaged = self.shared_step(batch, exposures)
+                _, averaged = step(batch, exposures)
         named = {key.replace("val/", f"{prefix}/"): value for key, value in live.items()}
         named |= {key.replace("val/", f"{prefix}/") + "_ema": value for key, value in averaged.items()}
         # Fillers too are logged, with a count of 0: the devices average together, so each has to know every name.
@@ -580,11 +583,33 @@ class DDPM(pl.LightningModule):
         trainer = self._trainer
         return trainer is None or trainer.precision != "16-mixed" or not trainer.gradient_clip_val
 
+    def take_in_parts(self, at_once: MutableMapping[str, int], tell: Callable[[str, int, int], None]) -> None:
+        """From here on take a batch that does not fit into memory in parts.
+
+        Args:
+            at_once: the most pictures at once, as far as that is known; kept up to date.
+            tell: told of each new limit; see :class:`~ldm.models.batch_parts.BatchParts` for both.
+        """
+        self.parts = BatchParts(self, at_once, tell)
+
+    def step_context(self) -> AbstractContextManager[None]:
+        """Give the context that the trainer computes training steps in: its precision."""
+        return self.trainer.precision_plugin.train_step_context()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate a batch's loss, in parts where it was computed so."""
+        if self.parts is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            self.parts.backward(loss)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take an optimiser step, free its gradients, and move the averaged weights towards the new ones."""
         super().optimizer_step(*args, **kwargs)
         # Lightning frees them after the next forward pass, whose activations then need room beside them.
         self.zero_grad(set_to_none=True)
+        if self.parts is not None:
+            self.parts.begin_step()
         if self.use_ema:
             self.model_ema(self.model)
 
@@ -1046,8 +1071,16 @@ class LatentDiffusion(DDPM):
         first = self.global_step == 0 and self.current_epoch == 0 and batch_idx == 0
         if not first or not isinstance(self.scale_factor, Tensor) or float(self.scale_factor) != 1.0:
             return  # a factor that is there already came with the weights
-        exposures = self._exposures(batch, batch_idx) if "exposure" in batch else None
-        z = self.get_input(batch, self.first_stage_key, exposures=exposures)[0]
+        exposures = self._exposures(batch, batch_idx)
+        is_keyed = "exposure" in batch
+
+        def latents(batch: Batch, exposures: Tensor) -> Tensor:
+            return self.get_input(batch, self.first_stage_key, exposures=exposures if is_keyed else None)[0]
+
+        if self.parts is None:
+            z = latents(batch, exposures)
+        else:
+            z = torch.cat(self.parts.for_each(latents, batch, exposures))
         weights = loss_weights(batch, len(z))
         if weights is not None and weights.any():
             z = z[(weights > 0).to(z.device)]
