@@ -605,9 +605,9 @@ def _misfit_message(
 ) -> str:
     parts = []
     if missing:
-        parts.append(f"{len(missing)} of the model's {total} keys are missing ({_first(missing)})")
+        parts.append(f"{len(missing)} of the model's {total} keys are missing ({_first(missing, 1)})")
     if unexpected:
-        parts.append(f"{len(unexpected)} keys are unexpected ({_first(unexpected)})")
+        parts.append(f"{len(unexpected)} keys are unexpected ({_first(unexpected, 1)})")
     if mismatched:
         parts.append(f"{len(mismatched)} shapes differ ({_first(mismatched, 1)})")
     # The cause first: the keys are for whom it does not satisfy.
