@@ -221,21 +221,21 @@ class StreamingCheckpointIO(CheckpointIO):
             return self._describe_full_disk(needed, target)
         reason = words or " ".join(str(error).split())
         if number in FORBIDDEN:
-            remedy = f"make {target.parent} writable for this user"
+            remedy = "make its folder writable for this user"
         elif isinstance(error, ValueError):
             place = error.place if isinstance(error, DamagedTensorError) else "the file is cut short"
             reason = f"what was read back is not what was written ({place})"
             remedy = "check the disk and the memory of this computer"
         else:
-            remedy = f"check the disk that {target.parent} lies on"
+            remedy = "check the disk that it lies on"
         return f"could not write the checkpoint {target}: {reason}; {remedy}; the checkpoints before it are intact"
 
     def _describe_full_disk(self, needed: int, target: Path) -> str:
         """Say how much room there is, and what could make more."""
         try:
-            room = f"{target.parent} has {format_size(self.disk.free(target.parent))} free"
+            room = f"its disk has {format_size(self.disk.free(target.parent))} free"
         except OSError:
-            room = f"{target.parent} has less free"
+            room = "its disk has less free"
         older = [(names, size) for names, size in older_checkpoints(target.parent) if target.name not in names]
         listed = ", ".join(f"{' with '.join(names)} ({format_size(size)})" for names, size in older[:NAMED_FILES])
         more = f" and {len(older) - NAMED_FILES} more" if len(older) > NAMED_FILES else ""
