@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -128,7 +129,7 @@ class RunCheckpoint(ModelCheckpoint):
 
         Files beyond those stay where they are: a lower ``save_top_k`` deletes nothing of what was kept before.
         """
-        super().load_state_dict(state_dict)
+        super().load_state_dict(_with_own_files(state_dict, Path(self.dirpath or "")))
         best_first = sorted(self.best_k_models, key=lambda path: self.best_k_models[path], reverse=self.mode == "max")
         surplus = best_first[self.save_top_k :] if self.save_top_k >= 0 else []
         for path in surplus:
@@ -244,6 +245,30 @@ class NewestCheckpoints(RunCheckpoint):
             super()._save_checkpoint(trainer, filepath)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
+
+
+def _with_own_files(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Leave out the files outside a folder that a checkpoint names: what drops out of the best is deleted."""
+
+    def is_own(path: Any) -> bool:
+        return isinstance(path, str) and Path(os.path.abspath(path)).parent == folder and path.endswith(".ckpt")
+
+    if state.get("dirpath") != str(folder):
+        return dict(state)  # Lightning takes no files from another folder
+    best = state.get("best_k_models") or {}
+    strangers = [path for path in best if not is_own(path)]
+    strangers += [
+        path for path in map(state.get, ("kth_best_model_path", "last_model_path")) if path and not is_own(path)
+    ]
+    if strangers:
+        logger.warning(
+            "left alone: the checkpoint names files as the run's that do not lie in %s: %s",
+            folder,
+            ", ".join(map(repr, dict.fromkeys(strangers))),
+        )
+    own = {path: value for path, value in best.items() if is_own(path)}
+    paths = {key: state[key] for key in ("kth_best_model_path", "last_model_path") if is_own(state.get(key))}
+    return {**state, "kth_best_model_path": "", "last_model_path": "", **paths, "best_k_models": own}
 
 
 def epoch_checkpoints(params: dict[str, Any], checkpoint_io: StreamingCheckpointIO) -> list[RunCheckpoint]:
