@@ -117,6 +117,12 @@ def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) ->
     if isinstance(error, MisconfigurationException) and "max_epochs" in text:
         limit = f"lightning.trainer.max_epochs={trainer.max_epochs}"
         return f"checkpoint {checkpoint} lies beyond {limit}; raise that to go on"
+    # Lightning holds the checkpoint for as long as it is giving everyone their state back.
+    if trainer._checkpoint_connector._loaded_checkpoint:
+        reason = textwrap.shorten(first_cause(error), 160, placeholder=" ...")
+        return (
+            f"checkpoint {checkpoint} cannot be continued: it holds another state than this run's ({reason}), {instead}"
+        )
     return None
 
 
