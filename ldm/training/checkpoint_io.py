@@ -11,6 +11,8 @@ from typing import Any, BinaryIO, Final
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+from packaging.version import InvalidVersion, Version
+from torch.optim.lr_scheduler import LRScheduler
 
 from ldm.checkpoint import DamagedTensorError, read_checkpoint, verify_checkpoint
 from ldm.training.disk import Disk
@@ -34,6 +36,21 @@ BESIDE_TENSOR: Final = 512
 
 NAMED_FILES: Final = 5
 """How many files that could go are listed."""
+
+
+_VERSION_KEY: Final = "pytorch-lightning_version"
+_STATE_KINDS: Final[Mapping[str, type]] = {
+    _VERSION_KEY: str,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+"""What Lightning keeps under these keys."""
+
+_COUNTERS: Final = ("ready", "started", "processed", "completed")
 
 
 class CheckpointWriteError(OSError):
@@ -134,10 +151,15 @@ class StreamingCheckpointIO(CheckpointIO):
             The checkpoint's dictionary.
 
         Raises:
-            ValueError: if the file is damaged or no checkpoint.
+            ValueError: if the file is damaged, no checkpoint, or holds something else where Lightning is going to
+                look for the state of a run.
             OSError: if it cannot be opened.
         """
-        return read_checkpoint(os.fspath(path))
+        content = read_checkpoint(os.fspath(path))
+        problem = _state_problem(content)
+        if problem is not None:
+            raise ValueError(f"checkpoint '{os.fspath(path)}' cannot be continued: {problem}; use another checkpoint")
+        return content
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete a checkpoint that dropped out of those to keep.
@@ -332,6 +354,36 @@ def _gather_storages(content: Any, storages: dict[int, int]) -> None:
     elif isinstance(content, (list, tuple)):
         for value in content:
             _gather_storages(value, storages)
+
+
+def _state_problem(content: Mapping[str, Any]) -> str | None:
+    """Say what of a run's state is not what a run saves; Lightning takes it as attributes without looking."""
+    for key, kind in _STATE_KINDS.items():
+        if key in content and type(content[key]) is not kind:
+            return f"its {key} is a {type(content[key]).__name__}, not a {kind.__name__}"
+    try:
+        Version(content.get(_VERSION_KEY, "0"))
+    except InvalidVersion:
+        return f"its {_VERSION_KEY} is no version"
+    for key in ("optimizer_states", "lr_schedulers"):
+        for state in content.get(key, ()):
+            if not isinstance(state, dict):
+                return f"its {key} hold a {type(state).__name__}, not a dict"
+            methods = [name for name in state if callable(getattr(LRScheduler, str(name), None))]
+            if methods:
+                return f"its {key} would replace the function {methods[0]}"
+    return _counter_problem(content.get("loops", {}), "loops")
+
+
+def _counter_problem(value: Any, name: str) -> str | None:
+    """Look for counters of the training loop that are no numbers."""
+    if name.endswith((".current", ".total")):
+        if not isinstance(value, dict):
+            return f"its {name} is a {type(value).__name__}, not a dict"
+        wrong = [key for key, count in value.items() if key not in _COUNTERS or type(count) is not int or count < 0]
+        return f"its {name}.{wrong[0]} is no count" if wrong else None
+    problems = (_counter_problem(each, f"{name}.{key}") for key, each in value.items()) if type(value) is dict else ()
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def _partial_name(target: Path) -> Path:
