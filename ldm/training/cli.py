@@ -21,7 +21,7 @@ from pytorch_lightning import Trainer
 from ldm.training.annotations import accepts_boolean, describe, parse_boolean, parse_text
 from ldm.training.config_tree import nearest, usable_path
 from ldm.training.legacy_2022 import FLAG_WORDS, TRAINER_WORDS, Word
-from ldm.training.run_directory import NEWEST_RUN
+from ldm.training.run_directory import AUTO, NEWEST_RUN
 from ldm.training.targets import Parameter, accepted_parameters
 
 EXAMPLE: Final = (
@@ -62,7 +62,8 @@ class Options:
     Attributes:
         base: YAML files, merged from left to right.
         train: whether to train.
-        resume: run folder, or checkpoint in one, to continue; ``last`` or ``auto``: the newest one in ``logdir``.
+        resume: run folder, or checkpoint in one, to continue; ``last``: the newest one in ``logdir``; ``auto``: the
+            newest one of that ``name``, which is begun where there is none.
         accept_changes: whether to continue a run although its data or settings have changed.
         name: the run's name, a part of its folder's name.
         project: folder of the project; a part of the lineage's command line.
@@ -158,24 +159,26 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 def _check_together(fields: dict[str, Any], problems: list[str]) -> None:
     """Check what the flags say together."""
-    if fields.get("name") and fields.get("resume"):
+    # What begins a run goes together with ``auto``, which begins one where there is none to continue.
+    resumes = fields.get("resume") and fields["resume"] != AUTO
+    if fields.get("name") and resumes:
         problems.append(
             "-n/--name and -r/--resume exclude each other: a resumed run keeps its folder and name; "
             "leave out -n, or start a new run from the weights with --actual_resume"
         )
     for flag in ("logdir", "postfix", "datadir_in_name"):
         names_place_of_newest = flag == "logdir" and fields.get("resume") in NEWEST_RUN
-        if flag in fields and fields.get("resume") and not names_place_of_newest:
+        if flag in fields and resumes and not names_place_of_newest:
             problems.append(
                 f"{NAMING_FLAGS[flag]} and -r/--resume exclude each other: a resumed run stays in its folder; leave "
                 f"out {NAMING_FLAGS[flag].partition('/')[0]}"
             )
-    if fields.get("actual_resume") and fields.get("resume"):
+    if fields.get("actual_resume") and resumes:
         problems.append(
             "--actual_resume and -r/--resume exclude each other: -r continues a run from its own checkpoint, "
             "--actual_resume starts a new run; leave out one"
         )
-    if fields.get("warm_optimizer") and fields.get("resume"):
+    if fields.get("warm_optimizer") and resumes:
         problems.append(
             "--warm_optimizer and -r/--resume exclude each other: -r takes all of the run's state; "
             "leave out --warm_optimizer"
@@ -360,7 +363,10 @@ def _build_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
         "The everyday command, on one line:\n"
         f"{textwrap.indent(textwrap.fill(EXAMPLE, 100, break_long_words=False, break_on_hyphens=False), '  ')}",
         epilog="Any YAML value can be set on the command line, such as data.params.batch_size=2 or\n"
-        "data.params.train.params.repeats=20. --print_config shows the result and where each value came from.",
+        "data.params.train.params.repeats=20. --print_config shows the result and where each value came from.\n\n"
+        "Exit status: 0 done, or nothing left to do; 1 an unexpected failure; 2 something to put right, as the lines\n"
+        "that begin with error: say; 130 (Ctrl-C), 143 (SIGTERM), 129 (the terminal was closed) and 149 (Ctrl-Break):\n"
+        "stopped as asked, and saved if training had begun. SIGUSR1 saves, and training goes on.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -394,7 +400,8 @@ def _build_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
         "--resume",
         type=path,
         metavar="RUN",
-        help="continue a run: its folder, a checkpoint in it, or last: the newest in the log folder; needs no --base",
+        help="continue a run: its folder, a checkpoint in it, or last: the newest in the log folder; needs no --base; "
+        "auto: the newest of the name -n, or begin it where there is none, as --base and the other flags say",
     )
     add_boolean(
         what,

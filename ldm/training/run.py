@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ldm.checkpoint import load_weights, read_weights
 from ldm.diffusers_format import is_diffusers_folder, read_folder
+from ldm.out_of_memory import is_out_of_memory
+from ldm.training.batch_splitting import refuse_unsplittable
 from ldm.training.callbacks import Beginning
 from ldm.training.checkpoint_io import CheckpointWriteError, remove_leftovers
 from ldm.training.cli import Options, parse_options
-from ldm.training.config import RunConfig, format_config, load_run_config
+from ldm.training.config import RunConfig, format_config, load_run_config, said_of_run
 from ldm.training.console import command_word, console
 from ldm.training.data_record import describe_data
 from ldm.training.failures import TrainingError, explain
@@ -34,8 +36,16 @@ from ldm.training.learning_rate import scaled_learning_rate
 from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
 from ldm.training.run_changes import Changes, find_changes, question
-from ldm.training.run_directory import NEWEST_RUN, RunDirectory, find_run, new_run_directory, newest_run
-from ldm.training.run_record import RunRecord, refuse_running
+from ldm.training.run_directory import (
+    AUTO,
+    NEWEST_RUN,
+    NoRunError,
+    RunDirectory,
+    find_run,
+    new_run_directory,
+    newest_run,
+)
+from ldm.training.run_record import OUT_OF_TIME, RunRecord, refuse_running, why_it_ended
 from ldm.training.stop_signals import Interrupted, StopSignals
 from ldm.training.summary import (
     RunSummary,
@@ -121,8 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
     """Go through a run from its configuration to its end."""
     if options.resume in NEWEST_RUN:
-        options = replace(options, resume=str(newest_run(Path(options.logdir))))
-        logger.info("the newest run: %s", options.resume)
+        options = _choose_run(options)
     run_config = load_run_config(options)
     if options.print_config:
         logger.info("%s", format_config(run_config))
@@ -139,6 +148,7 @@ def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
     record = _build_record(run, trainer, data, words, options.accept_changes)
     model, origin = _build_model(run)
     refuse_uncacheable(model, data.datasets)
+    refuse_unsplittable(run.said["on_oom"], trainer, model)
     rates = _set_learning_rates(run, trainer, model)
     summary = _summarise(run, trainer, data, model, origin, rates)
     trainer = _prepare_folder(run, trainer, run_config, record)
@@ -154,6 +164,23 @@ def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
         raise
     record.end(trainer)
     _report_end(run, trainer)
+
+
+def _choose_run(options: Options) -> Options:
+    """Put the newest run's folder in the place of ``last`` or ``auto``; with ``auto`` none may be there yet."""
+    logdir = Path(str(said_of_run(options, "logdir") or Options.logdir))
+    name, postfix = (said_of_run(options, setting) for setting in ("name", "postfix"))
+    called = str(name) if options.resume == AUTO and name is not None else None
+    try:
+        run = newest_run(logdir, called, postfix or "")
+    except (NoRunError, FileNotFoundError):
+        if options.resume != AUTO or not options.base:
+            raise
+        whose = "" if called is None else f" called {called}{postfix or ''}"
+        logger.info("a new run begins: %s holds no run%s with a checkpoint to continue from", logdir, whose)
+        return replace(options, resume=None)
+    logger.info("the newest run: %s", run)
+    return replace(options, resume=str(run))
 
 
 def _choose_directory(options: Options, said: Mapping[str, Any]) -> tuple[RunDirectory, Path | None]:
@@ -218,6 +245,7 @@ def _build_trainer(run: Run) -> pl.Trainer:
         validates=data_params.get("validation") is not None,
         on_nan=run.said["on_nan"],
         base_learning_rate=run.config["model"]["base_learning_rate"],
+        on_oom=run.said["on_oom"],
     )
 
 
@@ -383,10 +411,10 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
         raise explained from error
     if run.checkpoint is not None and not begin.has_begun:
         logger.warning(
-            "nothing is left to train: %s is at the end of its run (step %d);"
-            " raise lightning.trainer.max_epochs (or max_steps) to go on",
+            "nothing is left to train: %s is at the end of its run (step %d); raise %s to go on",
             run.checkpoint,
             trainer.global_step,
+            "--max_time" if _is_out_of_time(trainer) else "lightning.trainer.max_epochs (or max_steps)",
         )
 
 
@@ -401,13 +429,28 @@ def _test(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -
     if run.said.get("no_test") or "test" not in data.datasets:
         return
     logger.info("measuring the test set (--no-test leaves it out): %s", plural(len(data.datasets["test"]), "picture"))
-    for metrics in trainer.test(model, datamodule=data, verbose=False):
+    try:
+        measured = trainer.test(model, datamodule=data, verbose=False)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explain(error, trainer, run.config, run.checkpoint, has_begun=True) from error
+    for metrics in measured:
         logger.info("test: %s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+
+def _is_out_of_time(trainer: pl.Trainer) -> bool:
+    return why_it_ended(trainer, None)[1] == OUT_OF_TIME
 
 
 def _report_end(run: Run, trainer: pl.Trainer) -> None:
     """Say where everything is that the run has made."""
     logger.info("finished after %s", plural(trainer.global_step, "optimiser step"))
+    if _is_out_of_time(trainer) and run.directory.last_checkpoint.exists():
+        logger.info(
+            "max_time is over; to go on, raise it: python main.py -t -r %s --max_time DD:HH:MM:SS",
+            command_word(run.directory.path),
+        )
     if run.directory.last_checkpoint.exists():
         logger.info("checkpoint: %s", run.directory.last_checkpoint)
     if any(run.directory.images.glob("*/*")):

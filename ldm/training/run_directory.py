@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path, PureWindowsPath
 from typing import Final
 
+from ldm.training.config_tree import read_yaml
 from ldm.training.recovery import newest_valid_checkpoint, refuse_weights_alone
 
 logger = logging.getLogger(__name__)
@@ -21,9 +22,14 @@ LAST_CHECKPOINT: Final = "last.ckpt"
 CURVES: Final = "tensorboard"
 LONGEST_NAME: Final = 240
 """Bytes that a folder's name may have; the file systems' 255, less room for ``-2``."""
-NEWEST_RUN: Final = ("last", "auto")
-"""What ``--resume`` may say instead of a run."""
+AUTO: Final = "auto"
+NEWEST_RUN: Final = ("last", AUTO)
+"""What ``--resume`` may say instead of a run: with ``auto`` and a configuration it begins one where there is none."""
 NOT_IN_FILE_NAMES: Final = '<>:"/\\|?*'
+
+
+class NoRunError(ValueError):
+    """There is no run to continue."""
 
 
 @dataclass(frozen=True)
@@ -235,11 +241,13 @@ def list_runs(logdir: Path) -> list[Path]:
     return sorted(runs, key=lambda run: (_last_at_work(run), run.name), reverse=True)
 
 
-def newest_run(logdir: Path) -> Path:
+def newest_run(logdir: Path, name: str | None = None, postfix: str = "") -> Path:
     """Find the run that was last at work, among those that can be continued.
 
     Args:
         logdir: the log folder.
+        name: what the run was called with ``-n``; None: whatever it was called.
+        postfix: what it was called with ``-f``; looked at beside a name alone.
 
     Returns:
         Its folder. Newer ones without a checkpoint are named in the log.
@@ -248,16 +256,32 @@ def newest_run(logdir: Path) -> Path:
         OSError: there is no such folder.
         ValueError: no run in it has a checkpoint.
     """
-    runs = list_runs(logdir)
+    runs = [run for run in list_runs(logdir) if name is None or _is_called(run, name, postfix)]
     for run in runs:
         if any((run / "checkpoints").glob("*.ckpt")) and any((run / "configs").glob("*-project.yaml")):
             return run
         logger.warning("%s is passed over: it has no checkpoint to continue from", run)
-    found = f"none of {len(runs)} runs has a checkpoint" if runs else "it holds no run"
-    raise ValueError(
-        f"--resume {NEWEST_RUN[0]}: nothing to continue in the log folder {logdir}: {found}; name a run folder, or"
+    whose = "" if name is None else f" of the name {name}{postfix}"
+    found = f"none of {len(runs)} runs{whose} has a checkpoint" if runs else f"it holds no run{whose}"
+    raise NoRunError(
+        f"--resume: nothing to continue in the log folder {logdir}: {found}; name a run folder, or"
         " the log folder with -l/--logdir"
     )
+
+
+def _is_called(run: Path, name: str, postfix: str) -> bool:
+    """Tell whether a run was given a name, by its folder and by its saved configuration."""
+    if f"_{name}{postfix}" not in run.name:
+        return False  # most of them, unread
+    saved = sorted((run / "configs").glob("*-project.yaml"), key=lambda file: file.name)
+    if not saved:
+        return False
+    try:
+        config = read_yaml(saved[-1].as_posix())
+    except ValueError as error:
+        logger.warning("%s is passed over: %s", run, error)
+        return False
+    return (str(config.get("run.name")), str(config.get("run.postfix") or "")) == (name, postfix)
 
 
 def _last_at_work(run: Path) -> float:

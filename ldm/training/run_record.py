@@ -44,6 +44,9 @@ RUNNING: Final = "running"
 FINISHED: Final = "finished"
 STOPPED: Final = "stopped"
 FAILED: Final = "failed"
+OUT_OF_TIME: Final = "max_time"
+"""The reason of a run that ended when its time, that of all its sessions together, was over."""
+
 KILLED: Final = "killed"
 """What a session is called that says ``running`` and whose process has gone."""
 
@@ -324,11 +327,15 @@ def why_it_ended(trainer: pl.Trainer, error: BaseException | None) -> tuple[str,
         return FAILED, said.partition("\n")[0]
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return FINISHED, f"max_steps {trainer.max_steps}"
-    if trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs:
-        return FINISHED, f"max_epochs {trainer.max_epochs}"
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-    if any((timer.time_remaining() or 0.0) <= 0 for timer in timers):
-        return FINISHED, "max_time"
+    left = [timer.time_remaining() for timer in timers]
+    is_out_of_time = any(seconds is not None and seconds <= 0 for seconds in left)
+    # Lightning counts an epoch that was broken off as done.
+    is_whole = not is_out_of_time or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    if is_whole and trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs:
+        return FINISHED, f"max_epochs {trainer.max_epochs}"
+    if is_out_of_time:
+        return FINISHED, OUT_OF_TIME
     return FINISHED, "stopped early by a callback"
 
 
