@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
+from ldm.checkpoint import read_checkpoint
 from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO, file_size
 from ldm.training.loss_guard import NotFiniteError
 from ldm.training.stop_signals import NOTHING, Interrupted, StopSignals, stop_of
@@ -157,6 +158,18 @@ class RunCheckpoint(ModelCheckpoint):
             self._seen_step = trainer.global_step
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def file_exists(self, filepath: Any, trainer: pl.Trainer) -> bool:
+        """Tell whether a file's name is taken, so that a new file needs another one (``…-v1``).
+
+        A file of this very step that is not among those kept is what the run itself wrote after the checkpoint that
+        it was continued from, and before it was killed: it is written anew, and must not stay beside its like.
+        """
+        exists = super().file_exists(filepath, trainer)
+        if not exists or str(filepath) in self.best_k_models:
+            return exists
+        again = trainer.is_global_zero and _step_of(Path(filepath)) == trainer.global_step
+        return not trainer.strategy.broadcast(again)
+
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
         """Save, and delete what that replaces, unless the weights are good for nothing."""
         if _weights_are_finite(trainer.lightning_module):
@@ -238,6 +251,31 @@ class NewestCheckpoints(RunCheckpoint):
         own = {"save_top_k": params["keep_last_n"], "filename": NEWEST_PREFIX + params["filename"]}
         super().__init__(**{**params, **NEWEST, **own})
         self.checkpoint_io = checkpoint_io
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count a file of this very step among those kept: it got its name after the checkpoint had been written."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.ckpt_path is None or self.dirpath is None:
+            return
+        unknown = [
+            path for path in Path(self.dirpath).glob(f"{NEWEST_PREFIX}*.ckpt") if str(path) not in self.best_k_models
+        ]
+        own = [str(path) for path in unknown if _step_of(path) == trainer.global_step]
+        for path in trainer.strategy.broadcast(own):
+            self.best_k_models[path] = torch.tensor(trainer.global_step)
+        if self.best_k_models:
+            self.kth_best_model_path = min(self.best_k_models, key=lambda path: self.best_k_models[path])
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
+
+    def _update_best_and_save(
+        self, current: torch.Tensor, trainer: pl.Trainer, monitor_candidates: dict[str, torch.Tensor]
+    ) -> None:
+        """Save, and delete what is then too old."""
+        super()._update_best_and_save(current, trainer, monitor_candidates)
+        oldest_first = sorted(self.best_k_models, key=lambda path: self.best_k_models[path])
+        for path in oldest_first[: max(0, len(oldest_first) - self.save_top_k)]:
+            del self.best_k_models[path]
+            self._remove_checkpoint(trainer, path)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         """Write a file, or give the one that has just been written another name."""
@@ -564,6 +602,15 @@ class CUDACallback(pl.Callback):
             line += f", peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
         if trainer.is_global_zero:
             logger.info("%s", line)
+
+
+def _step_of(path: Path) -> int | None:
+    """Read which optimiser step a checkpoint was saved at; None where it does not tell."""
+    try:
+        step = read_checkpoint(path, verify=False).get("global_step")
+    except (ValueError, OSError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _weights_are_finite(module: torch.nn.Module) -> bool:

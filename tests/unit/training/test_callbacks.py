@@ -105,6 +105,41 @@ def test_the_newest_are_still_counted_in_a_resumed_run(pictures: Path, tmp_path:
     assert names(second) == ["epoch=00-step=00006.ckpt", "last.ckpt", "newest-epoch=02-step=00018.ckpt"]
 
 
+@pytest.mark.parametrize("params", [{}, {"save_top_k": 1, "keep_last_n": 1}, {"keep_last_n": 2, "background": True}])
+def test_a_run_killed_before_last_ckpt_was_renewed_leaves_no_checkpoint_twice_when_continued(
+    params: dict[str, Any], pictures: Path, tmp_path: Path
+) -> None:
+    model = ToyDiffusion(monitor="val/loss")
+    whole = toy_run(tmp_path / "whole", pictures, model=model, max_epochs=4, **saving(**params))
+    first = toy_run(tmp_path / "a", pictures, model=ToyDiffusion(monitor="val/loss"), max_epochs=2, **saving(**params))
+    earlier = first.last.read_bytes()
+    second = toy_run(
+        tmp_path / "a", pictures, first.last, model=ToyDiffusion(monitor="val/loss"), max_epochs=3, **saving(**params)
+    )
+    second.last.unlink()
+    second.last.write_bytes(earlier)
+    third = toy_run(
+        tmp_path / "a", pictures, second.last, model=ToyDiffusion(monitor="val/loss"), max_epochs=4, **saving(**params)
+    )
+    assert names(third) == names(whole)
+
+
+def test_a_run_continued_from_a_file_written_before_it_got_its_newest_name_still_counts_that(
+    pictures: Path, tmp_path: Path
+) -> None:
+    options = saving(save_top_k=-1, keep_last_n=2, every_n_epochs=1)
+    first = toy_run(tmp_path, pictures, model=GetsWorse(monitor="val/loss"), max_epochs=3, **options)
+    third_epoch = first.directory.checkpoints / "epoch=02-step=00018.ckpt"
+    second = toy_run(tmp_path, pictures, third_epoch, model=GetsWorse(monitor="val/loss"), max_epochs=4, **options)
+    newest = [name for name in names(second) if name.startswith("newest")]
+    assert newest == ["newest-epoch=02-step=00018.ckpt", "newest-epoch=03-step=00024.ckpt"]
+
+
+def test_a_checkpoint_that_is_kept_is_not_written_over_by_one_of_the_same_name(pictures: Path, tmp_path: Path) -> None:
+    run = toy_run(tmp_path, pictures, **saving(every_n_train_steps=3, filename="{epoch:02d}", save_top_k=-1))
+    assert names(run) == ["epoch=00-v1.ckpt", "epoch=00.ckpt", "epoch=01-v1.ckpt", "epoch=01.ckpt", "last.ckpt"]
+
+
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (-1, 1), (3, 2), (1, 3), (2, 2)])
 def test_a_resumed_run_can_keep_more_or_fewer_of_the_best(
     before: int, after: int, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
