@@ -70,3 +70,21 @@ class Disk:
     def remove(self, path: Path) -> None:
         """Delete a file; one that is gone already is no failure."""
         path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file: the whole new one, or what was there stays, whatever ends the process meanwhile.
+
+    Args:
+        path: the file; its folder exists.
+        text: what it is to hold, in UTF-8.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

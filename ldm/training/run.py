@@ -30,6 +30,7 @@ from ldm.training.cli import Options, parse_options
 from ldm.training.config import RunConfig, format_config, load_run_config, said_of_run
 from ldm.training.console import command_word, console
 from ldm.training.data_record import describe_data
+from ldm.training.disk import write_text
 from ldm.training.failures import TrainingError, explain
 from ldm.training.latent_caching import refuse_uncacheable
 from ldm.training.learning_rate import scaled_learning_rate
@@ -213,7 +214,7 @@ def _prepare_folder(run: Run, trainer: pl.Trainer, run_config: RunConfig, record
     def write_config() -> None:
         run.directory.create()
         remove_leftovers(run.directory.checkpoints)
-        OmegaConf.save(run_config.config, run.directory.config_file)
+        write_text(run.directory.config_file, OmegaConf.to_yaml(run_config.config))
         record.begin(trainer, run.directory, run.checkpoint)
 
     if run.checkpoint is not None:

@@ -29,6 +29,7 @@ import torch
 from pytorch_lightning.callbacks import Timer
 
 from ldm.training.bad_pictures import BadPictures
+from ldm.training.disk import write_text
 from ldm.training.failures import TrainingError, first_cause
 from ldm.training.run_directory import RunDirectory
 from ldm.training.stop_signals import Interrupted
@@ -221,14 +222,7 @@ def write_record(run: Path, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path = run / RECORD
-    partial = path.with_name(f"{RECORD}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(plain(record), file, ensure_ascii=False, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(run / RECORD, json.dumps(plain(record), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldm.training.disk import write_text
+from ldm.training.run import main
+from tests.unit.training.test_run import YAML
+from tests.unit.training.toy import make_pictures
+
+
+def test_a_write_that_is_broken_off_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    write_text(path, "before")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, 10_000 * "after" + "\udcff")
+    assert path.read_text() == "before"
+
+
+def test_a_configuration_of_which_a_killed_process_wrote_a_part_is_not_what_the_run_continues_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "mine", per_folder=2)
+    Path("toy.yaml").write_text(YAML.format(model="ToyDiffusion"))
+    assert main(["-b", "toy.yaml", "-t", "--data_root", "mine"]) == 0
+    run = next(Path("logs").iterdir())
+
+    config = next((run / "configs").iterdir())
+    later = config.with_name(f"9{config.name}")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(later, 10_000 * "model:\n" + "\udcff")
+    assert main(["-t", "-r", str(run), "--max_epochs", "2"]) == 0
