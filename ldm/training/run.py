@@ -59,6 +59,7 @@ from ldm.training.summary import (
     training_shapes,
 )
 from ldm.training.trainer import build_trainer
+from ldm.training.warm_optimizer import WarmOptimizer, describe_state
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,8 @@ def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
     refuse_uncacheable(model, data.datasets)
     refuse_unsplittable(run.said["on_oom"], trainer, model)
     rates = _set_learning_rates(run, trainer, model)
+    if _is_warm(run):
+        origin.append(describe_state(trainer, model, Path(run.said["actual_resume"])))
     summary = _summarise(run, trainer, data, model, origin, rates)
     trainer = _prepare_folder(run, trainer, run_config, record)
     for line in replace(summary, run_folder=str(run.directory.path)).lines():
@@ -237,7 +240,7 @@ def _beginning(trainer: pl.Trainer) -> Beginning:
 def _build_trainer(run: Run) -> pl.Trainer:
     """Build the trainer, which also finds out whether the devices are there."""
     data_params = run.config["data"].get("params") or {}
-    return build_trainer(
+    trainer = build_trainer(
         run.config.get("lightning") or {},
         run.directory,
         run.signals,
@@ -248,6 +251,21 @@ def _build_trainer(run: Run) -> pl.Trainer:
         base_learning_rate=run.config["model"]["base_learning_rate"],
         on_oom=run.said["on_oom"],
     )
+    if _is_warm(run):
+        trainer.callbacks.insert(0, WarmOptimizer(Path(run.said["actual_resume"])))  # type: ignore[attr-defined]
+    return trainer
+
+
+def _is_warm(run: Run) -> bool:
+    """Tell whether a new run starts with a checkpoint's optimiser state; a continued one has its own."""
+    if run.checkpoint is not None or not run.said["warm_optimizer"]:
+        return False
+    if not run.said.get("actual_resume"):
+        raise ValueError(
+            "run.warm_optimizer starts a new run with a checkpoint's optimiser state: name the checkpoint with "
+            "--actual_resume CKPT, or set it to false"
+        )
+    return True
 
 
 def _build_data(run: Run) -> Any:
