@@ -197,7 +197,6 @@ class BatchParts:
             _, *others = self._parts(TRAINING, current.batch, current.exposures)
             first, current.first = current.first, None
             first.backward(current.factor)
-            del first
             self._differentiate(others, current)
             return
         self.model.zero_grad(set_to_none=True)
@@ -210,7 +209,6 @@ class BatchParts:
             with self.model.step_context():
                 loss, _ = self.model.shared_step(part.batch, part.exposures)
             (loss * part.share).backward(taken.factor)
-            del loss  # its graph would be there beside the next one's
 
     def _parts(self, stage: str, batch: Batch, exposures: Tensor) -> list[_Part]:
         """Cut a batch into parts that differ by a picture at most, the largest first."""

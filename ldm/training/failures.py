@@ -6,18 +6,17 @@ import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from ldm.out_of_memory import is_out_of_memory
 from ldm.training.callbacks import LastCheckpoint
 from ldm.training.console import command_word
 from ldm.training.loader_failures import explain_loader_failure
 from ldm.training.loss_guard import NotFiniteError
-
-OUT_OF_MEMORY_WORDS: Final = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+from ldm.training.memory_advice import advise_on_memory
 
 
 class TrainingError(Exception):
@@ -48,8 +47,8 @@ def explain(
     if loader_failure is not None:
         line, words = loader_failure
         return ChildProcessError(f"{line}; then type {_resume_command(trainer)} {words}")
-    if _is_out_of_memory(error):
-        return MemoryError(_out_of_memory_advice(config, error))
+    if is_out_of_memory(error):
+        return MemoryError(advise_on_memory(error, trainer, config, has_begun))
     if not has_begun:
         problem = _restore_problem(error, trainer, checkpoint) if checkpoint is not None else None
         return error if problem is None else ValueError(problem)
@@ -124,24 +123,3 @@ def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) ->
             f"checkpoint {checkpoint} cannot be continued: it holds another state than this run's ({reason}), {instead}"
         )
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether a failure is a lack of memory, on whichever device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
-
-
-def _out_of_memory_advice(config: Mapping[str, Any], error: BaseException) -> str:
-    """Say what to lower, in one line."""
-    batch_size = config["data"]["params"]["batch_size"]
-    unet = ((config["model"].get("params") or {}).get("unet_config") or {}).get("params") or {}
-    advice = [f"lower data.params.batch_size ({batch_size} now)"] if batch_size > 1 else []
-    if unet.get("use_checkpoint") is False:
-        advice.append("set model.params.unet_config.params.use_checkpoint=true")
-    precision = ((config.get("lightning") or {}).get("trainer") or {}).get("precision")
-    if precision in (None, 32, "32", "32-true"):
-        advice.append("use --precision bf16-mixed (or 16-mixed on cards before 2020)")
-    advice.append("train at a smaller data.params.train.params.size")
-    return f"out of memory: {', or '.join(advice)} ({(str(error).strip().splitlines() or [''])[0][:120]})"

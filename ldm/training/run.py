@@ -480,12 +480,18 @@ def _report_end(run: Run, trainer: pl.Trainer) -> None:
 
 def _report(error: Exception, debug: bool = False) -> int:
     """Show a failure on standard error: a line a problem if the user can put it right, else its traceback."""
+    said = str(error)
+    if is_out_of_memory(error) and not (isinstance(error, MemoryError) and said):
+        # While something was read or built, before training.
+        first = said.partition("\n")[0][:NAMED_CHARACTERS] or type(error).__name__
+        said = f"out of memory before training: close other programs, or use a computer with more memory ({first})"
+        error = MemoryError(said).with_traceback(error.__traceback__)
     is_user_error = isinstance(error, (ValueError, OSError, MisconfigurationException, MemoryError))
     real = error.__cause__ if isinstance(error, TrainingError) and error.__cause__ is not None else error
     if debug or not is_user_error:
         _write_error("".join(traceback.format_exception(real)))
     if is_user_error:
-        _write_error("".join(f"error: {line}\n" for line in str(error).splitlines() if line.strip()))
+        _write_error("".join(f"error: {line}\n" for line in said.splitlines() if line.strip()))
     else:
         _write_error(f"error: {error if error is not real else f'{type(real).__name__}: {real}'}\n")
     if debug and sys.stdin is not None and sys.stdin.isatty():

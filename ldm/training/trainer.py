@@ -14,6 +14,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from ldm.training.accumulation import EqualWeights
 from ldm.training.background_saving import BackgroundCheckpointIO
 from ldm.training.bad_pictures import BadPictures
+from ldm.training.batch_splitting import BatchSplitting
 from ldm.training.callbacks import (
     Beginning,
     LastCheckpoint,
@@ -60,6 +61,7 @@ def build_trainer(
     validates: bool,
     on_nan: str = "stop",
     base_learning_rate: float | None = None,
+    on_oom: str = "stop",
 ) -> pl.Trainer:
     """Build the trainer of a run.
 
@@ -72,6 +74,7 @@ def build_trainer(
         validates: whether the run has a validation set.
         on_nan: ``stop`` or ``skip``: what is done about a loss that is no finite number.
         base_learning_rate: the configured one.
+        on_oom: ``stop`` or ``split``: what is done about a batch that does not fit into memory.
 
     Returns:
         A trainer that has done nothing yet.
@@ -93,6 +96,7 @@ def build_trainer(
     )
     arguments["callbacks"] = [
         LossGuard(on_nan, base_learning_rate),
+        BatchSplitting(on_oom),
         *_build_callbacks(lightning, run_directory, signals, checkpoint_io, arguments, batch_size, monitor, validates),
     ]
     find_unused = bool(lightning.get("find_unused_parameters", False))

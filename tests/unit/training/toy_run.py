@@ -62,6 +62,7 @@ def prepare_toy_run(
     validation: bool = True,
     images: bool = False,
     on_nan: str = "stop",
+    on_oom: str = "stop",
     **trainer_arguments: Any,
 ) -> tuple[ToyRun, DataModuleFromConfig]:
     """Build the toy's trainer and data as a run does."""
@@ -98,7 +99,7 @@ def prepare_toy_run(
         **section.get("trainer", {}),
         **trainer_arguments,
     }
-    trainer = build_trainer(section, directory, signals, batch_size, model.monitor, validation, on_nan)
+    trainer = build_trainer(section, directory, signals, batch_size, model.monitor, validation, on_nan, on_oom=on_oom)
     trainer.callbacks[0:0] = extra or []  # type: ignore[attr-defined]
     return ToyRun(trainer, model, directory, signals), data
 
