@@ -34,7 +34,6 @@ from checkpoint_files import (
     verify_file,
     write_file,
 )
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.checkpoint import read_weights
@@ -50,6 +49,8 @@ from ldm.diffusers_format import (
     read_folder,
     schedule_tables,
 )
+from ldm.training.config import resolve_references
+from ldm.training.config_tree import read_yaml
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 DEFAULT_CONFIG = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
@@ -70,8 +71,9 @@ def read_params(config: Path) -> dict[str, Any]:
     """
     if not config.is_file():
         raise OSError(f"the config '{config}' does not exist; name the model's YAML with --config")
-    content = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
-    model = content.get("model") if isinstance(content, dict) else None
+    content = read_yaml(str(config))
+    resolve_references(content)
+    model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("params"), dict):
         raise ValueError(f"the config '{config}' has no section model.params")
     return model["params"]

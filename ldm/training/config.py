@@ -28,6 +28,7 @@ from ldm.training.config_tree import ConfigTree, leaves, nearest, nodes, read_ya
 from ldm.training.legacy_2022 import DATASETS, RULES, TRAINER_RULES, translate, translate_gpus
 from ldm.training.machine_check import check_machine
 from ldm.training.targets import comes_with
+from ldm.training.yaml_limits import check_references
 
 DEFAULT_SOURCE: Final = "default"
 _COMMENT_COLUMN: Final = 72
@@ -74,7 +75,7 @@ def load_run_config(options: Options) -> RunConfig:
         if layer.has("lightning.trainer.accelerator") and config.has("lightning.trainer.devices"):
             config.pop("lightning.trainer.devices")
         config.merge(layer)
-    _resolve(config)
+    resolve_references(config)
     problems += tidy_sections(config)
     said, wrong = translate(config, RULES)
     notices += said
@@ -252,12 +253,18 @@ def _gpus_flag(options: Options, flags: ConfigTree) -> None:
         flags.set(path, value, "flag --gpus")
 
 
-def _resolve(config: ConfigTree) -> None:
-    """Replace ``${...}`` by what it refers to.
+def resolve_references(config: ConfigTree) -> None:
+    """Replace ``${key.path}`` by what it refers to.
+
+    Args:
+        config: the merged config, changed in place.
 
     Raises:
-        ValueError: it refers to nothing.
+        ValueError: it refers to nothing, to something that is no key, or to so much that no config is as long.
     """
+    wrong = check_references(config.tree)
+    if wrong:
+        raise ValueError("\n".join(f"{config.source(key)}: {key}: {what}" for key, what in wrong))
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(config.tree), resolve=True)
         config.tree = resolved

@@ -17,6 +17,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.training.yaml_limits import DEEPEST, MOST_BYTES, check_nodes
+
 _ABSENT: Final = object()
 
 
@@ -236,6 +238,7 @@ def read_yaml(path: str) -> ConfigTree:
             raise ValueError(f"{path}: the file is empty; a config needs keys such as model: and data:")
         if not isinstance(root, yaml.MappingNode):
             raise ValueError(f"{path}:1: expected keys such as model: and data: at the top, found something else")
+        check_nodes(root, path)
         values: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -247,7 +250,7 @@ def read_yaml(path: str) -> ConfigTree:
         key = getattr(error, "full_key", None)
         raise ValueError(f"{path}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
     except RecursionError:
-        raise ValueError(f"{path}: an anchor contains itself; write the values out") from None
+        raise ValueError(f"{path}: nested more than {DEEPEST} deep") from None
     sources: dict[str, str] = {}
     _collect_lines(root, "", path, sources, ())
     return ConfigTree(values, sources)
@@ -256,7 +259,11 @@ def read_yaml(path: str) -> ConfigTree:
 def _read_text(path: str) -> str:
     """Read a YAML file as text, or say in one line why not."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"{path}: is longer than {MOST_BYTES:,} bytes; is it a config?")
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         hint = _file_hint(path)
         raise ValueError(f"{path}: no such config file{hint}") from None
