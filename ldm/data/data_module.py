@@ -18,6 +18,7 @@ from ldm.data.ed_validate import EDValidateBatch
 from ldm.data.every_dream import EveryDreamBatch, check_pictures
 from ldm.data.exposure_set import ExposureSet
 from ldm.data.inspection import quick_look, summarise
+from ldm.data.loader_signals import outlive_group_signals
 from ldm.data.mixture import Mixture
 from ldm.data.picture_header import PictureHeader
 from ldm.data.resume import TrainerProgress, saved_position, settle_resume
@@ -230,7 +231,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
-            worker_init_fn=seed_global_generators if self.use_worker_init_fn else None,
+            worker_init_fn=seed_global_generators if self.use_worker_init_fn else outlive_group_signals,
         )
 
     def train_dataloader(self) -> EpochLoader | list[EpochLoader]:
@@ -319,6 +320,7 @@ def seed_global_generators(worker_id: int) -> None:
     Args:
         worker_id: number of the process; torch's seed differs by it already.
     """
+    outlive_group_signals(worker_id)
     seed = torch.initial_seed() % 2**32
     random.seed(seed)
     np.random.seed(seed)

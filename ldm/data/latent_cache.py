@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.image_transform import Placement, describe_damage
 from ldm.data.items import DataGoneError, UnreadableError
+from ldm.data.loader_signals import outlive_group_signals
 
 logger = logging.getLogger(__name__)
 
@@ -503,6 +504,7 @@ class LatentCache:
             reading,
             batch_sampler=reading.batches(batch_size),
             num_workers=num_workers,
+            worker_init_fn=outlive_group_signals,
             collate_fn=list,
         )
         problems: list[str] = []

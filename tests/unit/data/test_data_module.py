@@ -1,5 +1,6 @@
 import logging
 import random
+import signal
 import sys
 import types
 import warnings
@@ -16,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from ldm.data import every_dream
 from ldm.data.data_module import DataModuleFromConfig, seed_global_generators
+from ldm.data.loader_signals import OUTLIVED, outlive_group_signals
 
 TRAIN = "ldm.data.every_dream.EveryDreamBatch"
 VALIDATION = "ldm.data.ed_validate.EDValidateBatch"
@@ -37,6 +39,16 @@ class Squares:
         return {"number": index, "square": index**2}
 
 
+class Signalled(Squares):
+    """Gets, in a loader process, every signal that such a process outlives, as if it had not inherited a handler."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for name in OUTLIVED:
+            if hasattr(signal, name):
+                signal.raise_signal(getattr(signal, name))
+        return super().__getitem__(index)
+
+
 class Stream(IterableDataset):
     """Has no items by number."""
 
@@ -53,7 +65,7 @@ def root(make_root: Callable[..., Path]) -> Root:
 def foreign(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Make this file's classes importable by a target string."""
     module = types.ModuleType("foreign_project")
-    for kind in (Squares, Stream):
+    for kind in (Squares, Signalled, Stream):
         setattr(module, kind.__name__, kind)
     monkeypatch.setitem(sys.modules, "foreign_project", module)
     return lambda name, **params: {"target": f"foreign_project.{name}", "params": params}
@@ -254,7 +266,20 @@ def test_an_empty_data_set_is_an_error(foreign: Callable[..., dict[str, Any]]) -
 @pytest.mark.parametrize("asked", [False, True])
 def test_loader_processes_seed_the_global_generators_where_asked(root: Root, asked: bool) -> None:
     loader = build(root, use_worker_init_fn=asked).train_dataloader()
-    assert loader.worker_init_fn is (seed_global_generators if asked else None)
+    assert loader.worker_init_fn is (seed_global_generators if asked else outlive_group_signals)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_loader_processes_outlive_signals_to_their_group(foreign: Callable[..., dict[str, Any]], asked: bool) -> None:
+    data = DataModuleFromConfig(2, train=foreign("Signalled"), wrap=True, num_workers=1, use_worker_init_fn=asked)
+    data.setup()
+    assert [len(batch["number"]) for batch in data.train_dataloader()] == [2] * 5
+
+
+def test_the_signals_of_the_main_process_stay_as_they_are() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    outlive_group_signals(0)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_global_generators_follow_torchs_seed_of_the_process() -> None:
