@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.data.buckets import EpochPlan, Segments, count_batches, number_sizes, plan_epoch
 from ldm.data.exposure_set import ExposureSet, Filler
-from ldm.data.loader_processes import death_watch
+from ldm.data.loader_processes import LoaderProcesses
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -185,6 +186,7 @@ class EpochLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         self.progress = progress
+        self._processes: LoaderProcesses | None = None
 
     def __iter__(self) -> Any:
         return self._batches()
@@ -192,10 +194,12 @@ class EpochLoader(DataLoader[Any]):
     def _batches(self) -> Iterator[Any]:
         if isinstance(self.batch_sampler, EpochBatches):
             self.batch_sampler.start = self.progress.batches_done if self.progress is not None else 0
+        before = set(multiprocessing.active_children()) if self.num_workers else set()
         batches = super().__iter__()
-        watch = death_watch() if self.num_workers else None
+        if self.num_workers and (started := set(multiprocessing.active_children()) - before):
+            self._processes = LoaderProcesses(started)
         while True:
-            with nullcontext() if watch is None else watch.awaiting():
+            with nullcontext() if self._processes is None else self._processes.awaiting():
                 try:
                     batch = next(batches)
                 except StopIteration:

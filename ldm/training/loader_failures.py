@@ -36,9 +36,16 @@ def explain_loader_failure(error: Exception, config: Mapping[str, Any]) -> tuple
     text = str(error)
     fewer = _fewer(config)
     lower = f"lower data.params.num_workers ({_number_now(config)} now)"
-    death = _DEATH.search(text)
-    if death is not None and isinstance(error, RuntimeError):
-        return _word_death(death.group(1), death.group(2), lower, fewer)
+    exit_code = getattr(error, "exit_code", None)
+    if isinstance(error, ChildProcessError) and exit_code is not None:
+        name = signal.Signals(-exit_code).name if exit_code < 0 else None
+        return _word_death(str(getattr(error, "process_id", "")), name, exit_code, lower, fewer)
+    deaths = [found for found in map(_DEATH.search, _texts_of_runtime_errors(error)) if found is not None]
+    if deaths:
+        # That a process died is noticed twice, and the first notice knows more.
+        code = _EXIT.search(deaths[-1].group(2))
+        name = _signal_name(deaths[-1].group(2))
+        return _word_death(deaths[-1].group(1), name, int(code.group(1)) if code else 0, lower, fewer)
     if _is_lack_of_shared_memory(text):
         return f"a loader process got no shared memory (/dev/shm is full): {MORE_SHARED_MEMORY}, or {lower}", fewer
     if any(words in text for words in TOO_MANY_FILES):
@@ -50,9 +57,17 @@ def explain_loader_failure(error: Exception, config: Mapping[str, Any]) -> tuple
     return None
 
 
-def _word_death(processes: str, how: str, lower: str, fewer: str) -> tuple[str, str]:
-    """Say which process died, of what, and why that may be."""
-    name = _signal_name(how)
+def _texts_of_runtime_errors(error: BaseException | None) -> list[str]:
+    """List what an error says, and the errors that it comes from, as far as they are such as torch raises."""
+    texts = []
+    while isinstance(error, RuntimeError):
+        texts.append(str(error))
+        error = error.__cause__
+    return texts
+
+
+def _word_death(processes: str, name: str | None, exit_code: int, lower: str, fewer: str) -> tuple[str, str]:
+    """Say which process died, of which signal if of one, and why that may be."""
     if name == "SIGBUS":
         likely = f"most likely the shared memory (/dev/shm) is full: {MORE_SHARED_MEMORY}, or {lower}"
         return f"loader process {processes} died of SIGBUS; {likely}", fewer
@@ -62,8 +77,7 @@ def _word_death(processes: str, how: str, lower: str, fewer: str) -> tuple[str, 
     if name is not None:
         likely = "a fault in a library that reads pictures, or in the memory; without loader processes it shows where"
         return f"loader process {processes} died of {name}: {likely}", NO_PROCESSES
-    code = _EXIT.search(how)
-    ended = f"ended with exit code {code.group(1)}" if code else "ended unexpectedly"
+    ended = f"ended with exit code {exit_code}" if exit_code else "ended unexpectedly"
     likely = f"if nobody ended it, the host memory may have run out (dmesg tells): {lower}"
     return f"loader process {processes} {ended}; {likely}", fewer
 
