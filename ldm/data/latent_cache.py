@@ -260,7 +260,7 @@ class DiskEntries:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path}: is gone") from error
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise DamagedEntryError(f"{path}: is damaged ({' '.join(str(error).split())})") from error
+            raise DamagedEntryError(f"{path}: is damaged ({' '.join(str(error).split())[:200]})") from error
         if told.get("key") != key or told.get("sha256") != _checksum(key, moments):
             raise DamagedEntryError(f"{path}: is damaged (its checksum differs)")
         return moments
