@@ -54,6 +54,7 @@ TINY_WORDS: Final = (
     "--max_epochs=99",
 )
 SHAPES: Final = ((48, 48), (48, 48), (64, 32), (64, 32), (48, 48), (32, 64))
+EPOCH_AND_STEP: Final = "epoch and step"
 LEDGER: Final = "exposure.jsonl"
 POLL_SECONDS: Final = 0.005
 SHOWN_LINES: Final = 15
@@ -102,7 +103,7 @@ def compare_runs(unbroken: Path, broken: Path) -> list[Result]:
         compare("moving averages", weights[0][1], weights[1][1]),
         compare("optimiser state", one["optimizer_states"], two["optimizer_states"]),
         compare("learning rates", _rates(one), _rates(two)),
-        compare("epoch and step", [one["epoch"], one["global_step"]], [two["epoch"], two["global_step"]]),
+        compare(EPOCH_AND_STEP, [one["epoch"], one["global_step"]], [two["epoch"], two["global_step"]]),
         compare("exposures", _ledgers(unbroken), _ledgers(broken)),
         _compare_curves(_curves(unbroken), _curves(broken)),
         compare("checkpoint names", _names(unbroken), _names(broken)),
@@ -304,7 +305,7 @@ def _command(folder: Path, options: argparse.Namespace, words: Sequence[str], sa
     base = options.base or [str(TINY)]
     own = []
     if not options.base:
-        _make_pictures(folder / "pictures")
+        make_pictures(folder / "pictures")
         own = ["--data_root", str(folder / "pictures"), *TINY_WORDS]
     modelcheckpoint = "lightning.modelcheckpoint.params"
     saving = [f"{modelcheckpoint}.every_n_train_steps={save_every}", f"{modelcheckpoint}.every_n_epochs=null"]
@@ -313,7 +314,7 @@ def _command(folder: Path, options: argparse.Namespace, words: Sequence[str], sa
     return ["--base", *base, "-t", "-n", "verify", *own, *saving, *ledger, *limits, *words]
 
 
-def _make_pictures(folder: Path) -> None:
+def make_pictures(folder: Path) -> None:
     """Draw a few pictures of several shapes."""
     for number, size in enumerate(SHAPES):
         path = folder / f"kind {number % 2}" / f"a slope {number}_.png"
