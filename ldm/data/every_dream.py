@@ -202,7 +202,9 @@ class EveryDreamBatch(Dataset[dict[str, Any]]):
         self.latent_cache: LatentCache | None = None
         if cache_mode != "off":
             transform = f"{self.resize_mode} {self._resample.name}"
-            self.latent_cache = LatentCache(cache_mode, cache_dir, self.views, self.read_view, transform)
+            self.latent_cache = LatentCache(
+                cache_mode, cache_dir, self.views, self.read_view, transform, skip=on_bad_image == "skip"
+            )
 
         scan = scan_data_root(data_root, recursive)
         if scan.problems:

@@ -33,8 +33,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.image_transform import Placement, describe_damage
-from ldm.data.items import DataGoneError, UnreadableError
+from ldm.data.image_transform import Placement
+from ldm.data.items import DataGoneError, UnreadableError, why_unreadable
 from ldm.data.loader_signals import outlive_group_signals
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ over."""
 
 _TENSOR: Final = "moments"
 _SUFFIX: Final = ".safetensors"
+_LONGEST_REASON: Final = 200  # characters
 _PARTIAL: Final = ".partial"
 _ABANDONED_SECONDS: Final = 3600.0
 _READ_BYTES: Final = 1 << 20
@@ -117,21 +118,24 @@ class LostCacheError(DataGoneError):
     remedy: ClassVar[str] = "bring it back, or just type {resume}, which makes them anew"
 
 
-def content_digests(paths: Iterable[str], threads: int | None = None) -> dict[str, str]:
+def content_digests(
+    paths: Iterable[str], threads: int | None = None, unreadable: dict[str, str] | None = None
+) -> dict[str, str]:
     """Digest the content of files.
 
     Args:
         paths: the files.
         threads: how many are read at a time; None: one for each processor core.
+        unreadable: where given, files that cannot be read are noted in it, a line by path, instead of raised.
 
     Returns:
-        SHA-256 in hexadecimal by path.
+        SHA-256 in hexadecimal by path, of the files that can be read.
 
     Raises:
         ValueError: files that cannot be read, a line for each.
     """
     distinct = list(dict.fromkeys(paths))
-    problems: list[str] = []
+    problems: dict[str, str] = {}
 
     def digest(path: str) -> str:
         hashed = hashlib.sha256()
@@ -140,14 +144,16 @@ def content_digests(paths: Iterable[str], threads: int | None = None) -> dict[st
                 while block := stream.read(_READ_BYTES):
                     hashed.update(block)
         except OSError as error:
-            problems.append(f"{path}: {describe_damage(error)}")
+            problems[path] = why_unreadable(path, error)
         return hashed.hexdigest()
 
     with ThreadPoolExecutor(max_workers=threads or min(32, os.cpu_count() or 1)) as pool:
         digests = dict(zip(distinct, pool.map(digest, distinct), strict=True))
-    if problems:
-        raise ValueError("\n".join(sorted(problems)))
-    return digests
+    if problems and unreadable is None:
+        raise ValueError("\n".join(sorted(problems.values())))
+    if unreadable is not None:
+        unreadable |= dict(sorted(problems.items()))
+    return {path: digest for path, digest in digests.items() if path not in problems}
 
 
 def entry_key(content: str, placement: Placement, transform: str, encoding: Encoding) -> str:
@@ -260,7 +266,8 @@ class DiskEntries:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path}: is gone") from error
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise DamagedEntryError(f"{path}: is damaged ({' '.join(str(error).split())[:200]})") from error
+            reason = "".join(filter(str.isprintable, str(error)))[:_LONGEST_REASON]  # names of the file's choice
+            raise DamagedEntryError(f"{path}: is damaged ({reason})") from error
         if told.get("key") != key or told.get("sha256") != _checksum(key, moments):
             raise DamagedEntryError(f"{path}: is damaged (its checksum differs)")
         return moments
@@ -361,6 +368,7 @@ class LatentCache:
         views: gives every view that the data set's exposures may show; those of one picture in a row.
         read_view: reads a view as uint8 (H, W, 3).
         transform: how pictures are resized, in words; part of an entry's name.
+        skip: pictures that have become unreadable get no entry; else they are an error.
     """
 
     def __init__(
@@ -370,8 +378,10 @@ class LatentCache:
         views: Callable[[], Iterable[View]],
         read_view: Callable[[View], npt.NDArray[np.uint8]],
         transform: str,
+        skip: bool = False,
     ) -> None:
         self.mode = mode
+        self.skip = skip
         self.folder = folder
         self.transform = transform
         self.is_ready = False
@@ -379,6 +389,7 @@ class LatentCache:
         self._read_view = read_view
         self._views: dict[str, View] = {}
         self._digests: dict[str, str] = {}
+        self._unreadable: dict[str, str] = {}
         self._encoding: Encoding | None = None
         self._store: EntryStore | None = None
 
@@ -399,8 +410,12 @@ class LatentCache:
         """
         self._encoding = Encoding(**encoding)
         views = list(self._list_views())
-        self._digests = content_digests(view.path for view in views)
-        self._views = {self._key(view): view for view in views}
+        self._unreadable = {}
+        noted = self._unreadable if self.skip else None
+        self._digests = content_digests((view.path for view in views), unreadable=noted)
+        if not self._digests:
+            raise ValueError("\n".join(self._unreadable.values()))
+        self._views = {self._key(view): view for view in views if view.path in self._digests}
         if self.mode == "disk":
             self._store = DiskEntries(self.folder)
             return
@@ -494,7 +509,8 @@ class LatentCache:
             Views, and their pictures uint8 (B, H, W, 3).
 
         Raises:
-            ValueError: pictures that cannot be read, a line for each; after all others have been yielded.
+            ValueError: pictures that cannot be read and are not to be skipped, a line for each; after all others have
+                been yielded.
         """
         pairs: dict[tuple[Any, ...], list[View]] = {}
         for view in views:
@@ -507,17 +523,18 @@ class LatentCache:
             worker_init_fn=outlive_group_signals,
             collate_fn=list,
         )
-        problems: list[str] = []
+        problems: dict[str, str] = {}
         for batch in loader:
-            problems += [problem for _, _, problem in batch if problem is not None]
+            problems |= {reading.pairs[index][0].path: problem for index, _, problem in batch if problem is not None}
             read = [(reading.pairs[index], pixels) for index, pixels, _ in batch if pixels is not None]
             if read:
                 shown = list(chain.from_iterable(pair for pair, _ in read))
                 pixels = torch.cat([pixels for _, pixels in read])
                 for start in range(0, len(shown), batch_size):
                     yield shown[start : start + batch_size], pixels[start : start + batch_size]
-        if problems:
-            raise ValueError("\n".join(problems))
+        if problems and not self.skip:
+            raise ValueError("\n".join(problems.values()))
+        self._unreadable |= problems
 
     def write(self, view: View, moments: Tensor) -> None:
         """Keep the moments (channels, height, width) of a view; they may lie on any device."""
@@ -538,9 +555,12 @@ class LatentCache:
             (channels, height, width): mean and log-variance, in the dtype of their encoder; not to be changed.
 
         Raises:
+            UnreadableError: there are none, for the picture could not be read when they were to be made.
             LostLatentsError: they are gone or damaged.
             LostCacheError: the whole folder of them is gone.
         """
+        if view.path in self._unreadable:
+            raise UnreadableError(self._unreadable[view.path])
         try:
             return self._entries.read(self._key(view))
         except OSError as error:
@@ -569,7 +589,7 @@ class _Reading(Dataset[Any]):
         try:
             plain = self.read_view(View(views[0].path, replace(views[0].placement, flip=False)))
         except OSError as error:
-            return index, None, str(error)
+            return index, None, why_unreadable(views[0].path, error)
         shown = [plain[:, ::-1] if view.placement.flip else plain for view in views]
         return index, torch.from_numpy(np.stack(shown)), None
 

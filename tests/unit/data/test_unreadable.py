@@ -198,3 +198,43 @@ def test_a_cache_folder_that_goes_away_is_named_itself(root: Path, tmp_path: Pat
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(LostCacheError, match=r"cache_dir .*cache: the folder has gone since the run began$"):
         dataset[0]
+
+
+def test_pictures_that_break_before_their_latents_are_made_count_nothing_where_such_are_skipped(
+    root: Path, tmp_path: Path
+) -> None:
+    dataset = build(root, "skip", cache_latents="disk", cache_dir=str(tmp_path / "cache"))
+    gone, broken = (Path(dataset[index]["path"]) for index in (0, 1))
+    gone.unlink()
+    broken.write_bytes(b"no picture")
+    cache = dataset.latent_cache
+    assert cache is not None
+    cache.open(ENCODING)
+    for views, pixels in cache.pictures(cache.missing(0, 1), batch_size=2, num_workers=0):
+        for view in views:
+            cache.write(view, torch.ones(8, *(side // 8 for side in pixels.shape[1:3]), dtype=torch.float16))
+    cache.finish()
+    items = [dataset[index] for index in range(4)]
+    assert [item["loss_weight"].item() for item in items] == [0, 0, 1, 1]
+    assert items[0]["unreadable"] == f"{gone}: has vanished since the run began"
+    assert items[1]["unreadable"].startswith(f"{broken}: cannot be read: not a picture")
+
+
+def test_pictures_that_break_before_their_latents_are_made_are_told_together(root: Path, tmp_path: Path) -> None:
+    dataset = build(root, cache_latents="disk", cache_dir=str(tmp_path / "cache"))
+    for index in (0, 1):
+        Path(dataset[index]["path"]).unlink()
+    cache = dataset.latent_cache
+    assert cache is not None
+    with pytest.raises(ValueError, match=r"(?s)0_\.png: has vanished since the run began\n.*1_\.png: has vanished"):
+        cache.open(ENCODING)
+
+
+def test_latents_of_nothing_but_unreadable_pictures_are_refused(root: Path, tmp_path: Path) -> None:
+    dataset = build(root, "skip", cache_latents="disk", cache_dir=str(tmp_path / "cache"))
+    for path in root.glob("*/*.png"):
+        path.unlink()
+    cache = dataset.latent_cache
+    assert cache is not None
+    with pytest.raises(ValueError, match="has vanished since the run began"):
+        cache.open(ENCODING)
