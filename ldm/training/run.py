@@ -451,9 +451,10 @@ def _test(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -
     try:
         measured = trainer.test(model, datamodule=data, verbose=False)
     except Exception as error:
-        if not is_out_of_memory(error):
+        explained = explain(error, trainer, run.config, run.checkpoint, has_begun=True)
+        if explained is error or isinstance(explained, TrainingError):
             raise
-        raise explain(error, trainer, run.config, run.checkpoint, has_begun=True) from error
+        raise explained from error
     for metrics in measured:
         logger.info("test: %s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
