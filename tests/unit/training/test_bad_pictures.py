@@ -97,6 +97,11 @@ class LosesAllBeforeValidation(pl.Callback):
             path.unlink(missing_ok=True)
 
 
+class LosesOneBeforeTheTest(pl.Callback):
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        Path(LOST).unlink()
+
+
 class LosesNothing(pl.Callback):
     pass
 
@@ -190,6 +195,21 @@ def test_a_validation_that_measures_nothing_ends_the_run(
     assert main([*command, fault("LosesAllBeforeValidation")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: none of the 6 validation pictures can be read, for one: mine/folder1/")
+
+
+@pytest.mark.parametrize(("on_bad_image", "status"), [("error", 2), ("skip", 0)])
+def test_a_picture_that_breaks_before_the_test_is_told_like_one_of_the_training(
+    on_bad_image: str, status: int, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = "data.params.test={target: ldm.data.ed_validate.EDValidateBatch, params: {size: 16, set: test}}"
+    words = [*command, test, fault("LosesOneBeforeTheTest"), "--max_steps", "1", "--on_bad_image", on_bad_image]
+    assert main(words) == status
+    told = capsys.readouterr()
+    if status:
+        (line,) = told.err.splitlines()
+        assert line.startswith(f"error: {LOST}: has vanished since the run began; put it back and type ")
+    else:
+        assert "1 picture was skipped, for it could not be read during the test:\n  " in told.out
 
 
 def test_a_picture_that_is_put_back_lets_the_run_go_on(command: list[str]) -> None:
