@@ -77,8 +77,10 @@ def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 entry = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}; restore the file or move it away") from error
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}, line {number}: it is no entry; restore the file or move it away")
             yield entry
 
 
