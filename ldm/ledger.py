@@ -6,6 +6,7 @@ replay them, and neither knows the other.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -102,13 +103,18 @@ def keep_entries_before(path: Path, epoch: int, batch: int) -> int:
         return 0
     dropped = 0
     rewritten = path.with_name(path.name + ".tmp")
-    with rewritten.open("wb") as file:
-        for entry in read_ledger(path):
-            if (entry["run_epoch"], entry["batch"]) < (epoch, batch):
-                file.write(_line(entry))
-            else:
-                dropped += 1
-        file.flush()
-        os.fsync(file.fileno())
-    rewritten.replace(path)
+    try:
+        with rewritten.open("wb") as file:
+            for entry in read_ledger(path):
+                if (entry["run_epoch"], entry["batch"]) < (epoch, batch):
+                    file.write(_line(entry))
+                else:
+                    dropped += 1
+            file.flush()
+            os.fsync(file.fileno())
+        rewritten.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the one in flight is the one to show
+            rewritten.unlink(missing_ok=True)
+        raise
     return dropped

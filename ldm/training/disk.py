@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -80,11 +81,16 @@ def write_text(path: Path, text: str) -> None:
         text: what it is to hold, in UTF-8.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; no part of it is left behind.
     """
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the one in flight is the one to show
+            partial.unlink(missing_ok=True)
+        raise

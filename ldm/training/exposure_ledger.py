@@ -49,7 +49,13 @@ class ExposureLedger(pl.Callback):
         batches_done = counters.current.processed
         files = [file, *_files_of_ranks_from(folder, trainer.world_size)] if rank == 0 else [file]
         for kept in files:
-            again = keep_entries_before(kept, trainer.current_epoch, batches_done)
+            try:
+                again = keep_entries_before(kept, trainer.current_epoch, batches_done)
+            except OSError as error:
+                raise OSError(
+                    f"cannot take the exposures that come again out of {kept}: {error.strerror or error}; make room on "
+                    "its disk, or keep no ledger with lightning.callbacks.exposure_ledger.params.enabled=false"
+                ) from error
             if again:
                 logger.info("%s: %d exposures after the checkpoint come again", kept.name, again)
         self._file = file
@@ -65,7 +71,7 @@ class ExposureLedger(pl.Callback):
         try:
             write_entries(self._file, [{**entry, **place} for entry in ledger_entries(on_cpu)])
         except OSError as error:
-            logger.warning("%s cannot be written, and is not kept any more: %s", self._file, error)
+            logger.warning("%s cannot be written, and is not kept any more: %s", self._file, error.strerror or error)
             self._file = None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.training.batches import batch_captions, batch_length, readable_rows
+from ldm.training.disk import Disk
 from ldm.training.image_sheet import grid, image_to_tensor, overview, to_pixels
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 JPEG_QUALITY: Final = 95
 SAMPLE_SEED: Final = 0
 CAPTION_KIND: Final = "conditioning"
+NEEDED_ROOM: Final = 1 << 25
+"""Bytes that must be free for sample pictures: the last room is the checkpoints'."""
 
 
 class ImageLogger(pl.Callback):
@@ -79,6 +84,7 @@ class ImageLogger(pl.Callback):
         self.log_first_step = log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
         self.log_all_val = log_all_val
+        self.disk = Disk()
         self._seen_step = 0
 
     def is_due(self, count: int) -> bool:
@@ -139,8 +145,7 @@ class ImageLogger(pl.Callback):
             batch_idx: its number in the epoch.
             split: ``"train"`` or ``"val"``.
 
-        Raises:
-            OSError: if a file cannot be written.
+        A picture that cannot be written is told of, and does not end a run.
         """
         log_images = getattr(pl_module, "log_images", None)
         batch = readable_rows(batch)
@@ -160,7 +165,15 @@ class ImageLogger(pl.Callback):
             self.disabled = True
             return
         captions = batch_captions(batch)
-        self._write(trainer, images, captions[:count] if captions else None, count, batch_idx, split)
+        try:
+            self._write(trainer, images, captions[:count] if captions else None, count, batch_idx, split)
+        except OSError as error:
+            logger.warning(
+                "sample pictures of step %d could not all be written in %s: %s",
+                trainer.global_step,
+                Path(trainer.default_root_dir) / "images" / split,
+                error.strerror or error,
+            )
 
     def _arguments(self, log_images: Any, count: int, split: str) -> dict[str, Any]:
         """Choose the keyword arguments that this model's ``log_images`` takes."""
@@ -183,6 +196,8 @@ class ImageLogger(pl.Callback):
         """Write one time's files, and hand the pictures to the loggers."""
         folder = Path(trainer.default_root_dir) / "images" / split
         folder.mkdir(parents=True, exist_ok=True)
+        if self.disk.free(folder) < NEEDED_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         ending = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         columns: dict[str, Tensor] = {}
         sheets: dict[str, Image.Image] = {}

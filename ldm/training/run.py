@@ -217,7 +217,13 @@ def _prepare_folder(run: Run, trainer: pl.Trainer, run_config: RunConfig, record
     def write_config() -> None:
         run.directory.create()
         remove_leftovers(run.directory.checkpoints)
-        write_text(run.directory.config_file, OmegaConf.to_yaml(run_config.config))
+        try:
+            write_text(run.directory.config_file, OmegaConf.to_yaml(run_config.config))
+        except OSError as error:
+            raise OSError(
+                f"cannot write {run.directory.config_file}: {error.strerror or error} (make room on its disk, or choose"
+                " another place with --logdir)"
+            ) from error
         record.begin(trainer, run.directory, run.checkpoint)
 
     if run.checkpoint is not None:

@@ -185,7 +185,7 @@ class RunRecord:
         try:
             write_record(self._directory.path, self._record)
         except OSError as error:
-            logger.warning("%s could not be written: %s", self._directory.path / RECORD, error)
+            logger.warning("%s could not be written: %s", self._directory.path / RECORD, error.strerror or error)
 
 
 def read_record(run: Path) -> dict[str, Any] | None:

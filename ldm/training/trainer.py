@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
 from ldm.training.accumulation import EqualWeights
@@ -23,6 +23,7 @@ from ldm.training.callbacks import (
     model_checkpoint_params,
 )
 from ldm.training.checkpoint_io import StreamingCheckpointIO
+from ldm.training.curves import Curves
 from ldm.training.latent_caching import LatentCaching
 from ldm.training.loss_guard import LossGuard
 from ldm.training.progress import RunProgress
@@ -137,7 +138,7 @@ def _asks_for_several(arguments: Mapping[str, Any]) -> bool:
 def _build_logger(config: Mapping[str, Any] | None, run_directory: RunDirectory) -> Logger:
     """Build the logger that ``lightning.logger`` names, or TensorBoard."""
     if config is None:
-        return TensorBoardLogger(str(run_directory.path), name="", version=CURVES, default_hp_metric=False)
+        return Curves(str(run_directory.path), version=CURVES)
     params = {"save_dir": str(run_directory.path), **(config.get("params") or {})}
     built: Logger = instantiate_from_config({"target": config["target"], "params": params}, Logger)
     return built

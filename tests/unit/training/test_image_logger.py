@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 import main
-from ldm.training.image_logger import ImageLogger
+from ldm.training.disk import Disk
+from ldm.training.image_logger import NEEDED_ROOM, ImageLogger
 from tests.unit.training.toy import ToyDiffusion
-from tests.unit.training.toy_run import ToyRun, toy_run
+from tests.unit.training.toy_run import ToyRun, prepare_toy_run, toy_run
 
 
 def logging(**params: Any) -> dict[str, Any]:
@@ -164,6 +165,31 @@ def test_lack_of_memory_for_pictures_does_not_end_training(
     run = toy_run(tmp_path, pictures, model=TooLarge(), **logging())
     assert run.trainer.global_step == 12
     assert caplog.text.count("max_images") == 1
+
+
+def test_pictures_that_cannot_be_written_do_not_end_training(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "train").write_text("a file where the folder goes")
+    run = toy_run(tmp_path, pictures, **logging(batch_frequency=5))
+    assert run.trainer.global_step == 12
+    assert caplog.text.count(f"could not all be written in {tmp_path / 'images' / 'train'}") == 2
+
+
+def test_pictures_leave_the_last_room_to_the_checkpoints(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Narrow(Disk):
+        def free(self, folder: Path) -> int:
+            return NEEDED_ROOM - 1
+
+    run, data = prepare_toy_run(tmp_path, pictures, images=True, max_steps=1)
+    next(each for each in run.trainer.callbacks if isinstance(each, ImageLogger)).disk = Narrow()  # type: ignore[attr-defined]
+    run.trainer.fit(run.model, datamodule=data)
+    assert not written(run)
+    assert "sample pictures of step 1 could not all be written" in caplog.text
+    assert "No space left" in caplog.text
 
 
 def test_a_model_without_pictures_is_passed_over(pictures: Path, tmp_path: Path) -> None:
