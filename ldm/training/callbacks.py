@@ -396,6 +396,7 @@ class LastCheckpoint(Checkpoint):
         self._broken_off_at: int | None = None
         self._first_step: int | None = None
         self._seen_step = 0
+        self._stepping_batch: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the signals, which Lightning has just claimed for itself; see that there is room.
@@ -409,6 +410,13 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self.checkpoint_io.check_room(pl_module.state_dict(), self.path)
             self.checkpoint_io.reserve(_checkpoint_size(trainer))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note that the weights are about to change."""
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        self._stepping_batch = batches.started
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -475,6 +483,9 @@ class LastCheckpoint(Checkpoint):
             return
         if not self._has_progressed(trainer) or isinstance(exception, CheckpointWriteError):
             return  # there is nothing to save, or a second try would fail like the first
+        if self._is_stepping(trainer):
+            logger.warning("%s stays as it was: step %d was broken off half-way", self.path, trainer.global_step + 1)
+            return
         if trainer.world_size > 1:
             logger.warning("%s stays as it was: the other devices may not answer any more", self.path)
             return
@@ -523,6 +534,11 @@ class LastCheckpoint(Checkpoint):
     def _has_progressed(self, trainer: pl.Trainer) -> bool:
         """Tell whether training has begun, and made a step since."""
         return self._first_step is not None and trainer.global_step > self._first_step
+
+    def _is_stepping(self, trainer: pl.Trainer) -> bool:
+        """Tell whether an optimiser step has begun and not ended: some weights may have changed, and some not."""
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        return bool(self._stepping_batch == batches.started and batches.processed < batches.started)
 
     def _asked(self, trainer: pl.Trainer) -> int:
         """Find the most urgent request among those of all the run's processes, in all of them alike."""

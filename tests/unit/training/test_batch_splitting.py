@@ -223,3 +223,46 @@ def test_a_run_that_shall_stop_instead_forgets_the_parts() -> None:
     callback.load_state_dict({"at_once": {"training": 2}})
     assert not callback.at_once
     assert not callback.state_dict()
+
+
+class BreaksHalfWay(torch.optim.AdamW):
+    """Finds no memory when its third step has changed one of the weights."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        if self.steps < 3:
+            return super().step(closure)
+        closure()
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].add_(1.0)
+        raise torch.OutOfMemoryError(LACK)
+
+
+class SteppedHalfWay(ToyDiffusion):
+    def configure_optimizers(self) -> Any:
+        return BreaksHalfWay(self.model.parameters(), lr=self.learning_rate)
+
+
+class SteppedWhole(ToyDiffusion):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate)
+
+
+def seeded(kind: type[ToyDiffusion]) -> ToyDiffusion:
+    torch.manual_seed(0)
+    return kind()
+
+
+def test_a_step_that_memory_broke_off_half_way_is_neither_tried_again_nor_saved(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saving: dict[str, Any] = {"lightning": {"modelcheckpoint": {"params": {"every_n_train_steps": 1}}}}
+    unbroken = toy_run(tmp_path / "unbroken", pictures, model=seeded(SteppedWhole), **saving)
+    with pytest.raises(torch.OutOfMemoryError):
+        toy_run(tmp_path / "broken", pictures, model=seeded(SteppedHalfWay), **saving)
+    assert "last.ckpt stays as it was: step 3 was broken off half-way" in caplog.text
+    last = tmp_path / "broken" / "checkpoints" / "last.ckpt"
+    continued = toy_run(tmp_path / "broken", pictures, last, model=seeded(SteppedWhole), **saving)
+    assert torch.equal(continued.weights, unbroken.weights)
