@@ -31,6 +31,12 @@ WEIGHT_FILES: Final[Mapping[str, str]] = {
 }
 """Sub-folder -> name of its weight file, without the ending."""
 
+_MOST_STEPS: Final = 100_000
+"""Timesteps of a noise schedule."""
+
+_LONGEST_WORD: Final = 100
+"""Characters of what a folder's JSON files say that a message shows."""
+
 _NOT_TRANSLATED: Final = ("first_stage_model.loss.",)
 _POSITION_IDS: Final = "embeddings.position_ids"
 
@@ -321,13 +327,13 @@ class FolderFormat:
             "text_encoder/config.json": ("num_attention_heads", "hidden_act", "layer_norm_eps"),
         }
         problems = [
-            f"{file} says {key} {theirs[key]!r}, the config {expected[file][key]!r}"
+            f"{file} says {key} {_word(theirs[key])}, the config {expected[file][key]!r}"
             for file, keys in compared.items()
             for theirs in [_read_json(folder / file)]
             for key in keys
             if key in theirs and key in expected[file] and _as_list(theirs[key]) != _as_list(expected[file][key])
         ]
-        scale = _read_json(folder / "vae/config.json").get("scaling_factor", 0.18215)
+        scale = _number(_read_json(folder / "vae/config.json"), "scaling_factor", 0.18215)
         own_scale = self.params.get("scale_factor", 1.0)
         if not self.params.get("scale_by_std") and not np.isclose(scale, own_scale, rtol=1e-5):
             problems.append(f"vae/config.json says scaling_factor {scale}, the config scale_factor {own_scale}")
@@ -342,7 +348,7 @@ class FolderFormat:
         prediction = _PREDICTIONS[self.params.get("parameterization") or "eps"]
         if theirs.get("prediction_type", prediction) != prediction:
             problems.append(
-                f"scheduler/scheduler_config.json says prediction_type {theirs['prediction_type']!r}, the config "
+                f"scheduler/scheduler_config.json says prediction_type {_word(theirs['prediction_type'])}, the config "
                 f"parameterization {self.params.get('parameterization') or 'eps'!r}"
             )
         betas, own = _folder_betas(theirs), schedule_tables(self.params)["betas"].double()
@@ -350,7 +356,7 @@ class FolderFormat:
             told = {key: theirs.get(key) for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}
             problems.append(
                 "scheduler/scheduler_config.json has another noise schedule than the config ("
-                + ", ".join(f"{key} {value}" for key, value in told.items())
+                + ", ".join(f"{key} {_word(value)}" for key, value in told.items())
                 + ")"
             )
         return problems
@@ -376,16 +382,44 @@ def schedule_tables(params: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _folder_betas(scheduler: Mapping[str, Any]) -> Tensor | None:
     """Compute the betas that a folder's scheduler describes, float64 (T,); None for a kind unknown here."""
-    if scheduler.get("trained_betas") is not None:
-        return torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
+    trained = scheduler.get("trained_betas")
+    if trained is not None:
+        if not isinstance(trained, list) or not all(isinstance(beta, (int, float)) for beta in trained):
+            raise ValueError("scheduler/scheduler_config.json is damaged: its trained_betas are no list of numbers")
+        return torch.tensor(list(map(_as_float, trained)), dtype=torch.float64)
     if scheduler.get("rescale_betas_zero_snr"):
         return None
-    start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 2e-2))
-    steps = int(scheduler.get("num_train_timesteps", 1000))
+    start, end = _number(scheduler, "beta_start", 1e-4), _number(scheduler, "beta_end", 2e-2)
+    steps = _number(scheduler, "num_train_timesteps", 1000)
+    if not (0 <= start < 1 and 0 <= end < 1 and 1 <= steps <= _MOST_STEPS):
+        raise ValueError("scheduler/scheduler_config.json describes no noise schedule (beta_start, beta_end, steps)")
+    steps = int(steps)
     kind = scheduler.get("beta_schedule", "linear")
     if kind == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     return torch.linspace(start, end, steps, dtype=torch.float64) if kind == "linear" else None
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Read a number from a part's JSON file."""
+    value = config.get(key, default)
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"the folder says {key} {_word(value)}, which is no number; copy it again")
+    return _as_float(value)
+
+
+def _as_float(value: float) -> float:
+    """Convert a number; one beyond all floats is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
+
+
+def _word(value: Any) -> str:
+    """Write what a file says so that it stays on its line and does nothing to a terminal."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_WORD else f"{text[:_LONGEST_WORD]}…"
 
 
 def unet_names(
@@ -534,7 +568,7 @@ def foreign_kind(keys: Mapping[str, Any]) -> str | None:
 
 def _foreign_folder(folder: Path) -> str | None:
     """Name the kind of model in a folder, where it is not Stable Diffusion v1's."""
-    pipeline = str(_read_json(folder / "model_index.json").get("_class_name", ""))
+    pipeline = _word(str(_read_json(folder / "model_index.json").get("_class_name", ""))).strip("'")
     if "XL" in pipeline or (folder / "text_encoder_2" / "config.json").is_file():
         return f"an SDXL folder ({pipeline})"
     if (folder / "transformer").is_dir():
@@ -609,7 +643,10 @@ def _read_part(part: Path) -> dict[str, Tensor]:
     if file.suffix != ".json":
         return read_weights(file)
     weights: dict[str, Tensor] = {}
-    for shard in sorted(set(_read_json(file).get("weight_map", {}).values())):
+    shards = _read_json(file).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) and shard for shard in shards.values()):
+        raise ValueError(f"'{file}' is damaged: its weight_map does not name a file for each weight; copy it again")
+    for shard in sorted(set(shards.values())):
         # A shard lies beside its index: a name that leads elsewhere is not followed.
         weights |= read_weights(part / Path(shard).name)
     return weights
@@ -634,7 +671,7 @@ def read_folder(folder: str | Path, params: Mapping[str, Any]) -> dict[str, Tens
     layout.check_configs(folder)
     weights = layout.to_checkpoint(parts, str(folder))
     if params.get("scale_by_std"):
-        scale = _read_json(folder / "vae" / "config.json").get("scaling_factor", 0.18215)
+        scale = _number(_read_json(folder / "vae" / "config.json"), "scaling_factor", 0.18215)
         weights["scale_factor"] = torch.tensor(scale, dtype=torch.float32)
     return weights
 
@@ -645,7 +682,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is damaged: it is no JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' is damaged: it holds no JSON object; copy it again")
