@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tqdm import tqdm
+
+STEERING: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""What makes a terminal do something else than show a letter."""
 
 LIGHTNING_LOGGERS: Final = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
 
@@ -55,6 +59,19 @@ def command_word(path: str | Path) -> str:
     return shlex.quote(text)
 
 
+def harmless(text: str) -> str:
+    """Write a text so that names and captions in it do nothing to a terminal.
+
+    Args:
+        text: one or several lines.
+
+    Returns:
+        The text with control characters other than a line's end, and marks that turn the direction of writing,
+        written as escapes.
+    """
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def is_terminal() -> bool:
     """Tell whether standard output is a terminal; there may be none at all (None, or closed)."""
     try:
@@ -79,7 +96,7 @@ class ConsoleHandler(logging.Handler):
         if sys.stdout is None:
             return  # as under pythonw
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        text = self.format(record).encode(encoding, "replace").decode(encoding)
+        text = harmless(self.format(record)).encode(encoding, "replace").decode(encoding)
         try:
             with tqdm.external_write_mode(file=sys.stdout):
                 sys.stdout.write(f"{text}\n")

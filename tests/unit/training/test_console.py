@@ -75,6 +75,12 @@ def test_a_letter_that_the_console_lacks_does_not_end_a_run(monkeypatch: pytest.
     assert written.getvalue().decode("cp1252").strip() == "left out: ?.jpg, é.jpg"
 
 
+def test_names_and_captions_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with console(rank=0, debug=False):
+        log.info("left out: \x1b]0;owned\x07\x9b2J\r\u202egpj.exe, 猫\tand\n  é")
+    assert capsys.readouterr().out == "left out: \\x1b]0;owned\\x07\\x9b2J\\r\\u202egpj.exe, 猫\tand\n  é\n"
+
+
 def test_output_that_nobody_reads_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
