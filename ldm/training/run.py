@@ -28,7 +28,7 @@ from ldm.training.callbacks import Beginning
 from ldm.training.checkpoint_io import CheckpointWriteError, remove_leftovers
 from ldm.training.cli import Options, parse_options
 from ldm.training.config import RunConfig, format_config, load_run_config, said_of_run
-from ldm.training.console import command_word, console
+from ldm.training.console import command_word, console, harmless
 from ldm.training.data_record import describe_data
 from ldm.training.disk import write_text
 from ldm.training.failures import TrainingError, explain
@@ -511,7 +511,7 @@ def _write_error(text: str) -> None:
     if sys.stderr is None:
         return
     try:
-        sys.stderr.write(text)
+        sys.stderr.write(harmless(text))
         sys.stderr.flush()
     except (OSError, ValueError):
         return  # the exit status still tells
