@@ -356,7 +356,7 @@ class FolderFormat:
             told = {key: theirs.get(key) for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}
             problems.append(
                 "scheduler/scheduler_config.json has another noise schedule than the config ("
-                + ", ".join(f"{key} {_word(value).strip("'")}" for key, value in told.items())
+                + ", ".join(key + " " + _word(value).strip("'") for key, value in told.items())
                 + ")"
             )
         return problems
