@@ -14,6 +14,8 @@ from ldm.training.batch_splitting import SPLIT, can_split
 MUCH_BY_OTHERS: Final = 2 * 2**30
 """Bytes on a device beyond this process's own (and its driver's, below one GiB) that are worth a word."""
 
+SPLITS: Final = ("train", "validation")
+
 SHOWN: Final = 120
 """Characters of the original message that are shown."""
 
@@ -39,10 +41,8 @@ def advise_on_memory(error: BaseException, trainer: pl.Trainer, config: Mapping[
         return f"{full}: {_host_remedies(config)} ({reason})"
     where = f"{device}{_described(device)}"
     if not has_begun:
-        return (
-            f"out of memory before the first step, on {where}: close other programs that use it, or take one with more "
-            f"memory ({reason})"
-        )
+        advice = ["close other programs that use it", *_caching_remedies(config), "take one with more memory"]
+        return f"out of memory before the first step, on {where}: {', or '.join(advice)} ({reason})"
     return f"{_what_was_too_much(config, where)}: {', or '.join(_remedies(trainer, config))} ({reason})"
 
 
@@ -75,6 +75,13 @@ def _remedies(trainer: pl.Trainer, config: Mapping[str, Any]) -> list[str]:
     return advice
 
 
+def _caching_remedies(config: Mapping[str, Any]) -> list[str]:
+    """Say what makes latents that are cached before the first step take less of the device's memory."""
+    data = config["data"]["params"]
+    caches = any(_params(data, split).get("cache_latents", "off") not in ("off", False) for split in SPLITS)
+    return [f"lower data.params.batch_size ({data['batch_size']} now)"] if caches and data["batch_size"] > 1 else []
+
+
 def _host_remedies(config: Mapping[str, Any]) -> str:
     """Say what takes less of the computer's memory."""
     data, lightning = config["data"]["params"], config.get("lightning") or {}
@@ -82,7 +89,7 @@ def _host_remedies(config: Mapping[str, Any]) -> str:
     workers = data.get("num_workers")
     if workers != 0:
         advice.append(f"lower data.params.num_workers{'' if workers is None else f' ({workers} now)'}")
-    splits = [name for name in ("train", "validation") if _params(data, name).get("cache_latents") == "memory"]
+    splits = [name for name in SPLITS if _params(data, name).get("cache_latents") == "memory"]
     if splits:
         advice.append("set " + " and ".join(f"data.params.{name}.params.cache_latents=disk" for name in splits))
     if ((lightning.get("modelcheckpoint") or {}).get("params") or {}).get("background"):

@@ -11,6 +11,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.training.batch_splitting import BatchSplitting
+from ldm.training.memory_advice import advise_on_memory
 from ldm.training.run import main
 from ldm.training.stop_signals import Interrupted
 from tests.unit.training.toy import ToyDiffusion
@@ -188,6 +189,19 @@ def test_the_computers_memory_is_told_apart_from_the_devices(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory: the computer's memory (")
     assert "close other programs, or set lightning.modelcheckpoint.params.background=false (cannot allocate" in line
+
+
+@pytest.mark.parametrize(("caching", "batch_size"), [("off", False), ("disk", True)])
+def test_memory_that_runs_out_before_the_first_step_is_no_matter_of_a_step(
+    caching: str, batch_size: bool, pictures: Path, tmp_path: Path
+) -> None:
+    toy, _ = prepare_toy_run(tmp_path, pictures)
+    data = {"batch_size": 4, "train": {"params": {"size": 16, "cache_latents": caching}}}
+    config = {"data": {"params": data}, "model": {}, "run": {"on_oom": "stop"}}
+    line = advise_on_memory(torch.OutOfMemoryError(LACK), toy.trainer, config, has_begun=False)
+    assert line.startswith("out of memory before the first step, on cpu")
+    assert ("lower data.params.batch_size (4 now)" in line) == batch_size
+    assert "split" not in line
 
 
 def test_memory_that_runs_out_while_the_model_is_built_gives_one_line(
