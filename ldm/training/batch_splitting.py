@@ -42,7 +42,7 @@ def refuse_unsplittable(on_oom: str, trainer: pl.Trainer, model: pl.LightningMod
     """
     if on_oom != SPLIT or can_split(trainer, model):
         return
-    instead = "leave it out, lower data.params.batch_size and raise --accumulate_grad_batches as much"
+    instead = "type --on_oom stop, lower data.params.batch_size and raise --accumulate_grad_batches as much"
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         # The other devices wait for a gradient that a failed part has already given them a share of.
         raise ValueError(

@@ -172,12 +172,12 @@ def test_a_model_that_cannot_be_split_is_refused_before_a_folder_is_made(
 ) -> None:
     assert main([*command(tmp_path, pictures, "NotSplittable"), "--on_oom", "split"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --on_oom split: NotSplittable cannot take a batch in parts; leave it out")
+    assert line.startswith("error: --on_oom split: NotSplittable cannot take a batch in parts; type --on_oom stop")
     assert not (tmp_path / "logs").exists()
 
 
 def test_several_devices_are_refused_with_what_to_do_instead(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="single device, and this run has 1 with the strategy DDPStrategy; leave"):
+    with pytest.raises(ValueError, match="single device, and this run has 1 with the strategy DDPStrategy; type"):
         toy_run(tmp_path, pictures, model=Splittable(), on_oom="split", strategy=DDPStrategy())  # type: ignore[arg-type]
 
 
