@@ -55,6 +55,7 @@ from ldm.data.sidecars import (  # noqa: E402
     read_text,
     tidy_caption,
 )
+from ldm.training.console import harmless, is_terminal  # noqa: E402
 
 FORMATS: Final = ("txt", "caption", "jsonl")
 
@@ -548,7 +549,8 @@ def _show(scan: Scan, source: str | None) -> int:
     wanted = "file name" if source == "name" else source
     for picture in scan.pictures:
         if wanted in (None, picture.caption_source):
-            print(f"{picture.relative_path}\t{picture.caption_source}\t{picture.caption}")
+            line = f"{picture.relative_path}\t{picture.caption_source}\t{picture.caption}"
+            print(harmless(line) if is_terminal() else line)  # a program that reads it gets it as it is
     sources = Counter(picture.caption_source for picture in scan.pictures)
     told = ", ".join(f"{number} from {name}" for name, number in sources.most_common())
     print(f"{_count(len(scan.pictures))}: {told}", file=sys.stderr)

@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ldm.checkpoint import SCHEDULE_TABLES, without_wrapper_prefixes  # noqa: E402
+from ldm.training.console import harmless  # noqa: E402
 
 FORMATS: Final = ("ckpt", "safetensors")
 
@@ -312,6 +313,6 @@ def report_errors(program: str, work: Callable[[], int]) -> int:
     """
     try:
         return work()
-    except (OSError, ValueError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+    except (OSError, ValueError, MemoryError) as error:
+        print(harmless(f"{program}: {str(error) or 'out of memory'}"), file=sys.stderr)
         return 2

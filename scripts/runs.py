@@ -22,7 +22,7 @@ from typing import Any
 from checkpoint_files import report_errors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ldm.training.console import command_word
+from ldm.training.console import command_word, harmless
 from ldm.training.progress import format_duration
 from ldm.training.run_directory import list_runs
 from ldm.training.run_record import KILLED, RUNNING, is_alive, read_record
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json:
             print(json.dumps([_without_nan(run) for run in described], ensure_ascii=False, indent=1))
         else:
-            print(format_runs(described, options.logdir, min(shutil.get_terminal_size().columns, WIDEST)))
+            print(harmless(format_runs(described, options.logdir, min(shutil.get_terminal_size().columns, WIDEST))))
         return 0
 
     return report_errors("runs", work)

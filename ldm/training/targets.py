@@ -21,6 +21,9 @@ import torch
 
 from ldm.training.config_tree import nearest
 
+_LONGEST_TARGET: Final = 200
+"""Characters of what is no target that a message shows."""
+
 TAKES_ANYTHING: Final = ("torch.nn.modules.linear.Identity",)
 """Classes that take every argument and use none."""
 
@@ -85,7 +88,8 @@ def resolve_target(target: str) -> Any:
     """
     module_name, _, name = target.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in target.split(".")):
-        raise ValueError(f"target {target!r} is not a dotted path such as ldm.data.every_dream.EveryDreamBatch")
+        shown = target if len(target) <= _LONGEST_TARGET else f"{target[:_LONGEST_TARGET]}…"
+        raise ValueError(f"target {shown!r} is not a dotted path such as ldm.data.every_dream.EveryDreamBatch")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -172,6 +172,7 @@ def test_a_missing_learning_rate_is_a_problem(check: Check) -> None:
         (f"model.target={DUMMY}.Modle", f"has no Modle; did you mean {DUMMY}.Model?"),
         ("model.target=tests.unit.training.dumy_targets.Model", f"did you mean {DUMMY}.Model?"),
         ("model.target=Model", "is not a dotted path"),
+        (f"model.target={'x' * 1000}", f"target '{'x' * 200}…' is not a dotted path"),
         (f"model.target={DUMMY}", "is a module; name a class in it"),
         (f"model.target={DUMMY}.NUMBER", "is no class or function (but of type int)"),
         (f"model.target={DUMMY}.Part", "is not a LightningModule, which this section needs"),
