@@ -56,6 +56,12 @@ class ExposureLedger(pl.Callback):
                     f"cannot take the exposures that come again out of {kept}: {error.strerror or error}; make room on "
                     "its disk, or keep no ledger with lightning.callbacks.exposure_ledger.params.enabled=false"
                 ) from error
+            except (ValueError, KeyError, TypeError) as error:
+                again = 0
+                damaged = kept.with_name(f"{kept.name}.damaged")
+                kept.replace(damaged)
+                reason = str(error).partition(";")[0] if isinstance(error, ValueError) else f"{kept}: no exposures"
+                logger.warning("%s; it is kept as %s, and a new one is begun", reason, damaged.name)
             if again:
                 logger.info("%s: %d exposures after the checkpoint come again", kept.name, again)
         self._file = file
