@@ -40,6 +40,9 @@ def _count_or_fraction(value: Any) -> bool:
     return 0 <= value <= 1 if isinstance(value, float) else value >= 0
 
 
+MOST_WORKERS: Final = 1024
+"""Loader processes that no machine has a use for: a slip of the finger starts more than it can bear."""
+
 _ANY_COUNT: Final = "at least 1, or -1 for no limit"
 RANGES: Final = (
     Range("model.base_learning_rate", above_zero, "above 0, such as 1.0e-06"),
@@ -52,7 +55,9 @@ RANGES: Final = (
     Range("model.params.linear_start", above_zero, "above 0"),
     Range("model.params.linear_end", above_zero, "above 0"),
     Range("data.params.batch_size", _at_least(1), "at least 1"),
-    Range("data.params.num_workers", _at_least(0), "0 (load in the main process) or more"),
+    Range(
+        "data.params.num_workers", lambda value: 0 <= value <= MOST_WORKERS, f"from 0 (no processes) to {MOST_WORKERS}"
+    ),
     Range("data.params.*.params.size", lambda value: value >= 8 and value % 8 == 0, "a multiple of 8, at least 8"),
     Range("data.params.*.params.repeats", _at_least(1), "at least 1"),
     Range("data.params.*.params.flip_p", _probability, "a probability from 0 to 1"),
