@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pdb
 import sys
 import traceback
@@ -494,6 +495,8 @@ def _report(error: Exception, debug: bool = False) -> int:
         said = f"out of memory before training: close other programs, or use a computer with more memory ({first})"
         error = MemoryError(said).with_traceback(error.__traceback__)
     is_user_error = isinstance(error, (ValueError, OSError, MisconfigurationException, MemoryError))
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and error.strerror:
+        said = f"{os.fsdecode(error.filename)}: {error.strerror}"
     real = error.__cause__ if isinstance(error, TrainingError) and error.__cause__ is not None else error
     if debug or not is_user_error:
         _write_error("".join(traceback.format_exception(real)))
