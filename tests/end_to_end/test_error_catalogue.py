@@ -121,6 +121,12 @@ class LosesAPicture(ToyDiffusion):
         PICTURE.unlink()
 
 
+class RotsAPicture(ToyDiffusion):
+    def on_train_start(self) -> None:
+        PICTURE.unlink()
+        PICTURE.symlink_to(Path("toy.yaml").resolve())
+
+
 class GetsCtrlC(ToyDiffusion):
     number = signal.SIGINT
 
@@ -445,6 +451,11 @@ CONFIGS = [
     Fault("a misspelt key", "…: … has no key …; did you mean …?", train("data.params.wraps=true"), remedy="wrap?"),
     Fault("text for a number in a config", "…: expected …, got …", train("data.params.batch_size=two")),
     Fault("a number out of range", "…: … is out of range; it must be …", train("model.base_learning_rate=0")),
+    Fault(
+        "more loader processes than a machine bears",
+        "…: … is out of range; it must be …",
+        train("data.params.num_workers=1000000"),
+    ),
     Fault("a target that is not there", "…: target …: the module … has no …; did you mean …?", model("Break")),
     Fault(
         "a target in a module that is not there",
@@ -918,6 +929,31 @@ RESUMING = [
         lambda patch: [path.write_text("model: [") for path in (RUN / "configs").iterdir()],
     ),
     Fault(
+        "a damaged ledger",
+        "warning: …, line …: …; it is kept as exposure.jsonl.damaged, and a new one is begun",
+        resume("--max_epochs", "2"),
+        puts(RUN / "exposure.jsonl", "{\n"),
+        status=0,
+        lines=0,
+        is_late=True,
+    ),
+    Fault(
+        "a ledger of something else",
+        "warning: …: no exposures; it is kept as exposure.jsonl.damaged, and a new one is begun",
+        resume("--max_epochs", "2"),
+        puts(RUN / "exposure.jsonl", "{}\n"),
+        status=0,
+        lines=0,
+        is_late=True,
+    ),
+    Fault(
+        "curves that are a file",
+        "…: File exists",
+        resume("--max_epochs", "2"),
+        lambda patch: (shutil.rmtree(RUN / "tensorboard"), (RUN / "tensorboard").write_text("mine")),
+        remedy="logs/run/tensorboard",
+    ),
+    Fault(
         "a damaged record",
         "warning: … cannot be read: …: changes of the data since the save cannot be told",
         resume("--max_epochs", "2"),
@@ -979,6 +1015,14 @@ DURING_THE_RUN = [
         link_a_picture,
         is_late=True,
         remedy="python main.py -t -r logs/",
+    ),
+    Fault(
+        "a picture that rots",
+        "…: cannot be read: …; put it back and type …",
+        train(f"model.target={HERE}.RotsAPicture", "--max_epochs", "2"),
+        link_a_picture,
+        is_late=True,
+        remedy="--on_bad_image skip",
     ),
     Fault(
         "a loader process that is killed",
