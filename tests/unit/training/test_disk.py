@@ -59,3 +59,17 @@ def test_a_configuration_of_which_a_killed_process_wrote_a_part_is_not_what_the_
     with pytest.raises(UnicodeEncodeError):
         write_text(later, 10_000 * "model:\n" + "\udcff")
     assert main(["-t", "-r", str(run), "--max_epochs", "2"]) == 0
+
+
+def test_a_run_killed_before_its_end_was_called_last_ckpt_gets_that_when_nothing_is_left_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "mine", per_folder=2)
+    Path("toy.yaml").write_text(YAML.format(model="ToyDiffusion"))
+    assert main(["-b", "toy.yaml", "-t", "--data_root", "mine", "--max_steps", "4"]) == 0
+    last = next(Path("logs").iterdir()) / "checkpoints" / "last.ckpt"
+    content = last.read_bytes()
+    last.rename(last.with_name("epoch=00-step=00004.ckpt"))
+    assert main(["-t", "-r", str(last.parent.parent)]) == 0
+    assert last.read_bytes() == content
