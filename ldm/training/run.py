@@ -436,6 +436,8 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
             raise
         raise explained from error
     if run.checkpoint is not None and not begin.has_begun:
+        if trainer.is_global_zero:
+            remove_leftovers(run.directory.checkpoints)
         if trainer.is_global_zero and not run.directory.last_checkpoint.exists():
             # Killed between its last checkpoint and that one's second name.
             trainer.strategy.checkpoint_io.duplicate(run.checkpoint, run.directory.last_checkpoint)  # type: ignore[attr-defined]

@@ -71,5 +71,7 @@ def test_a_run_killed_before_its_end_was_called_last_ckpt_gets_that_when_nothing
     last = next(Path("logs").iterdir()) / "checkpoints" / "last.ckpt"
     content = last.read_bytes()
     last.rename(last.with_name("epoch=00-step=00004.ckpt"))
+    last.with_name("last.ckpt.partial").touch()
     assert main(["-t", "-r", str(last.parent.parent)]) == 0
     assert last.read_bytes() == content
+    assert not last.with_name("last.ckpt.partial").exists()
