@@ -40,29 +40,16 @@ import torch
 from checkpoint_files import report_errors
 from verify_resume import EPOCH_AND_STEP, TINY, TINY_WORDS, Result, compare, compare_runs, make_pictures
 
-import ldm.data.ed_validate
-import ldm.data.every_dream
-import ldm.models.autoencoder
-import ldm.models.diffusion.ddpm
-import ldm.modules.encoders.modules
-import main as main_names
 from ldm.checkpoint import read_checkpoint, verify_checkpoint
 from ldm.training import run as training
 from ldm.training.checkpoint_io import PARTIAL
+from ldm.training.config_tree import leaves, read_yaml
 from ldm.training.disk import Disk
 from ldm.training.progress import format_duration
 from ldm.training.run_directory import LAST_CHECKPOINT
 from ldm.training.run_record import RECORD, read_record
-
-PRELOADED: Final = (
-    ldm.data.ed_validate,
-    ldm.data.every_dream,
-    ldm.models.autoencoder,
-    ldm.models.diffusion.ddpm,
-    ldm.modules.encoders.modules,
-    main_names,
-)
-"""What a run imports by name; read once here, and not by each of its processes."""
+from ldm.training.targets import resolve_target
+from ldm.training.trainer import DEFAULT_CALLBACKS
 
 SMALLER_WORDS: Final = (
     "model.params.unet_config.params.context_dim=8",
@@ -122,6 +109,13 @@ SLOTS: Final = ENTERED + len(PHASES)
 
 FILES: Final = ("-project.yaml", RECORD, "exposure.jsonl", "events.out.tfevents", "hparams.yaml")
 """What the names of the run's other files hold."""
+
+
+def preload() -> None:
+    """Import once, and not in each process of a run, what the tiny run's configuration names."""
+    targets = [value for path, value in leaves(read_yaml(str(TINY)).tree) if path.endswith(".target")]
+    for target in [*targets, *(callback["target"] for callback in DEFAULT_CALLBACKS.values())]:
+        resolve_target(target)
 
 
 @dataclass(frozen=True)
@@ -620,6 +614,9 @@ class Aim:
             seconds: how long an unbroken run takes.
         """
         draw = self.random
+        if kills and kills[-1].found.continued_from is None and draw.random() < 0.75:
+            # The run has nothing to continue from yet, and most kills are to be of runs that have.
+            return Strike("save", count=2, delay=draw.uniform(0, LATEST_IN_SAVE))
         if sum(kill.in_save for kill in kills) < self.share * (len(kills) + 1):
             if draw.random() < 0.5:
                 return Strike("save", count=self._which(), delay=draw.uniform(0, LATEST_IN_SAVE))
@@ -681,6 +678,7 @@ def prove(folder: Path, options: argparse.Namespace) -> int:
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     print(f"{options.kills} kills, --seed {seed} aims them again", flush=True)
     torch.set_num_threads(1)
+    preload()
     make_pictures(folder / "pictures")
     aim = Aim(seed, options.inside)
     began = time.monotonic()

@@ -429,7 +429,10 @@ class LastCheckpoint(Checkpoint):
             return  # a batch whose gradient waits for others
         self._seen_step = trainer.global_step
         by_steps = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
-        if by_steps or any(regular.saved_step == trainer.global_step for regular in self.follows):
+        due = by_steps or any(regular.saved_step == trainer.global_step for regular in self.follows)
+        # A run has nothing left to do after its last step, so a resume would leave out the validation that follows:
+        # that step is saved at the end.
+        if due and trainer.global_step != trainer.max_steps:
             self.save(trainer)
         if not self._epoch_ends_here(trainer):
             self._answer(trainer)

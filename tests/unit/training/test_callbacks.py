@@ -349,3 +349,15 @@ def test_a_checkpoint_holds_step_weights_and_optimiser_and_loads_safely(pictures
     assert content["global_step"] == 12
     assert "model.0.weight" in content["state_dict"]
     assert content["optimizer_states"][0]["state"]
+
+
+def test_the_last_step_is_saved_when_its_validation_is_done(pictures: Path, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Look(ToyDiffusion):
+        def on_validation_start(self) -> None:
+            steps.append(step_of(tmp_path / "checkpoints" / "last.ckpt"))
+
+    run = toy_run(tmp_path, pictures, model=Look(), max_steps=6, **saving(every_n_train_steps=2, save_top_k=0))
+    assert steps == [4]
+    assert step_of(run.last) == 6
