@@ -46,7 +46,7 @@ def explain(
     loader_failure = explain_loader_failure(error, config)
     if loader_failure is not None:
         line, words = loader_failure
-        return ChildProcessError(f"{line}; then type {_resume_command(trainer)} {words}")
+        return ChildProcessError(f"{line}; then type {_resume_command(trainer, words)}")
     if is_out_of_memory(error):
         return MemoryError(advise_on_memory(error, trainer, config, has_begun))
     if not has_begun:
@@ -80,15 +80,19 @@ def _with_remedy(error: OSError, trainer: pl.Trainer) -> OSError:
     if remedy is None and "\n" not in str(error):
         return error
     line = str(error) if "\n" not in str(error) else first_cause(error).partition(": ")[2]
-    return OSError(line if remedy is None else f"{line}; {remedy.format(resume=_resume_command(trainer))}")
+    if remedy is None:
+        return OSError(line)
+    # A command with flags behind it, and one without.
+    shown = re.sub(r"\{resume\}( --[\w -]+)?", lambda found: _resume_command(trainer, (found[1] or "").strip()), remedy)
+    return OSError(f"{line}; {shown}")
 
 
-def _resume_command(trainer: pl.Trainer) -> str:
-    """Give the command that continues a run, where there is a checkpoint to continue from."""
+def _resume_command(trainer: pl.Trainer, words: str = "") -> str:
+    """Give the command that continues a run, where there is a checkpoint to continue from; ``words`` go behind it."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, LastCheckpoint) and callback.path.exists() for callback in callbacks):
-        return f"python main.py -t -r {command_word(trainer.default_root_dir)}"
-    return "the same command"
+        return f"python main.py -t -r {command_word(trainer.default_root_dir)} {words}".rstrip()
+    return f"the same command with {words}" if words else "the same command again"
 
 
 def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) -> str | None:

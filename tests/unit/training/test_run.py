@@ -284,10 +284,21 @@ def test_a_picture_that_vanishes_while_training_is_named_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     run = run_folder()
     assert line == (
-        "error: mine/folder0/a plain square 0_.png: has vanished since the run began; put it back and type python main.py"
-        f" -t -r {run}; to go on without it, type python main.py -t -r {run} --on_bad_image skip --accept_changes"
+        "error: mine/folder0/a plain square 0_.png: has vanished since the run began; put it back and type"
+        f" python main.py -t -r {run}; to go on without it, type python main.py -t -r {run} --on_bad_image skip --accept_changes"
     )
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
+
+
+def test_without_a_checkpoint_the_remedy_is_the_same_command_with_its_flag(
+    command: list[str], pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pictures, "mine")
+    words = ["data.params.num_workers=0", "--data_root", "mine", "--max_epochs", "2", "--enable_checkpointing", "false"]
+    assert main([*command, *words, target("LosesAPicture")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "put it back and type the same command again; to go on" in line
+    assert line.endswith("type the same command with --on_bad_image skip --accept_changes")
 
 
 def test_a_fault_in_a_loader_process_is_told_with_its_own_words(
