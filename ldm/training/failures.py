@@ -92,6 +92,7 @@ def _resume_command(trainer: pl.Trainer, words: str = "") -> str:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, LastCheckpoint) and callback.path.exists() for callback in callbacks):
         return f"python main.py -t -r {command_word(trainer.default_root_dir)} {words}".rstrip()
+    words = words.replace("--accept_changes", "").strip()  # a run that begins anew has none to accept
     return f"the same command with {words}" if words else "the same command again"
 
 

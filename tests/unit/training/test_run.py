@@ -285,7 +285,8 @@ def test_a_picture_that_vanishes_while_training_is_named_in_one_line(
     run = run_folder()
     assert line == (
         "error: mine/folder0/a plain square 0_.png: has vanished since the run began; put it back and type"
-        f" python main.py -t -r {run}; to go on without it, type python main.py -t -r {run} --on_bad_image skip --accept_changes"
+        f" python main.py -t -r {run}; to go on without it, type python main.py -t -r {run}"
+        " --on_bad_image skip --accept_changes"
     )
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
 
@@ -298,7 +299,7 @@ def test_without_a_checkpoint_the_remedy_is_the_same_command_with_its_flag(
     assert main([*command, *words, target("LosesAPicture")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "put it back and type the same command again; to go on" in line
-    assert line.endswith("type the same command with --on_bad_image skip --accept_changes")
+    assert line.endswith("type the same command with --on_bad_image skip")
 
 
 def test_a_fault_in_a_loader_process_is_told_with_its_own_words(
