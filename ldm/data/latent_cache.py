@@ -283,7 +283,8 @@ class DiskEntries:
     def tidy(self) -> None:
         """Delete what writers that were killed have left behind, but nothing that may still be being written."""
         before = time.time() - _ABANDONED_SECONDS
-        for partial in self.folder.glob(f"*/*{_PARTIAL}"):
+        # By the names that entries have: the folder may hold other things as well.
+        for partial in self.folder.glob(f"[0-9a-f][0-9a-f]/*{_SUFFIX}.*{_PARTIAL}"):
             with suppress(OSError):  # its writer was alive after all, or the folder may only be read
                 if partial.stat().st_mtime < before:
                     partial.unlink()

@@ -40,6 +40,7 @@ _BRACES: Final = re.compile(r"\{([^{}]*)\}")
 _RANGE: Final = re.compile(r"(\d+)\.\.(\d+)")
 _DIGITS: Final = re.compile(r"[0-9]{1,18}")
 _GLOB: Final = re.compile(r"[*?\[]")
+_COPY: Final = re.compile(r"-[0-9a-f]{24}\.tar\Z")  # copies; the folder may hold other shards too
 _CHUNK_BYTES: Final = 1 << 16  # of what a broken connection had sent, less than this is lost
 _TIMEOUT_SECONDS: Final = (15.0, 60.0)  # to connect, and between two pieces of the answer
 _LONGEST_PAUSE_SECONDS: Final = 60.0
@@ -472,7 +473,7 @@ class ShardFiles:
             copies = []
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.endswith(".tar"):
+                    if _COPY.search(entry.name):
                         copies.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
             total = sum(size for _, size, _ in copies)
             for _, size, path in sorted(copies):

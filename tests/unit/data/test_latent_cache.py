@@ -134,7 +134,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path: Path, mo
 def test_only_old_leftovers_are_tidied_away(tmp_path: Path) -> None:
     disk = DiskEntries(tmp_path)
     disk.write(KEY, moments())
-    old, fresh = (disk.path(KEY).with_name(f"{name}.partial") for name in ("old", "fresh"))
+    old, fresh = (disk.path(KEY).with_suffix(f".safetensors.{name}.partial") for name in ("old", "fresh"))
     for path in (old, fresh):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
@@ -143,10 +143,20 @@ def test_only_old_leftovers_are_tidied_away(tmp_path: Path) -> None:
     assert torch.equal(disk.read(KEY), moments())
 
 
+@pytest.mark.parametrize("name", ["Downloads/film.partial", "Downloads/0.safetensors.1-2.partial", "ab/film.partial"])
+def test_what_other_programs_have_left_behind_is_not_tidied_away(tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / name
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"half")
+    os.utime(theirs, (0, 0))
+    DiskEntries(tmp_path).tidy()
+    assert theirs.exists()
+
+
 def test_leftovers_in_a_folder_that_may_only_be_read_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = DiskEntries(tmp_path)
     disk.write(KEY, moments())
-    old = disk.path(KEY).with_name("old.partial")
+    old = disk.path(KEY).with_suffix(".safetensors.old.partial")
     old.write_bytes(b"half")
     os.utime(old, (0, 0))
 

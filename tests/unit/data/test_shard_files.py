@@ -135,6 +135,15 @@ def test_the_longest_unused_copies_make_room(server: FileServer, tmp_path: Path)
     assert [os.path.exists(path) for path in (first, second, third)] == [True, False, True]
 
 
+def test_shards_of_ones_own_do_not_make_room(server: FileServer, tmp_path: Path) -> None:
+    own = tmp_path / "cache" / "shards" / "00007.tar"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(bytes(1 << 20))
+    os.utime(own, (1, 1))
+    files_at(server, tmp_path, cache_gib=(len(server.files["00000.tar"]) + 10) / GIB).local_path(0)
+    assert own.exists()
+
+
 def test_a_shard_larger_than_all_room_is_refused(server: FileServer, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"more than shard_cache_gib"):
         files_at(server, tmp_path, cache_gib=100 / GIB).local_path(0)
