@@ -68,7 +68,7 @@ def kind_problem(found: Any, kind: type) -> str | None:
     """Say why a target must not be called where a certain kind of object is wanted.
 
     A config that somebody gives away can name any function of the machine, ``os.system`` too. So a class has to be
-    of the kind, and a function to state by its annotation that it returns one.
+    of the kind, and a function to state by its annotation that it returns one and to be no installed package's.
 
     Args:
         found: what the ``target:`` string names.
@@ -97,17 +97,27 @@ def kind_problem(found: Any, kind: type) -> str | None:
         returned = None
     returned = typing.get_origin(returned) or returned
     if isclass(returned) and issubclass(returned, kind):
+        if _is_installed(found) and found.__module__.partition(".")[0] != "ldm":
+            # Those that build a model read its file too, some of them in ways that let the file run code.
+            return f"is a function of an installed package; call it in a function of your own that says '-> {wanted}'"
         return None
     return f"is a function that does not say that it returns a {wanted}; write '-> {wanted}' where it is defined"
 
 
-def _is_installed(found: type) -> bool:
-    """Tell whether a class comes with Python or an installed package, rather than being the user's own."""
-    file = getattr(sys.modules.get(found.__module__), "__file__", None)
-    if found.__module__ == "builtins" or found.__module__.partition(".")[0] in sys.stdlib_module_names:
+def _is_installed(found: Callable[..., Any]) -> bool:
+    """Tell whether a class or function comes with Python or an installed package, rather than being the user's own."""
+    module = found.__module__
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module == "builtins" or module.partition(".")[0] in sys.stdlib_module_names:
+        return True
+    if file is None:
+        return module != "__main__"
+    path = Path(file).resolve()
+    # By name too: a user's own folder of packages, or the system's, is not among those that Python tells of here.
+    if {"site-packages", "dist-packages"} & set(path.parts):
         return True
     folders = [Path(folder).resolve() for folder in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))]
-    return file is not None and any(Path(file).resolve().is_relative_to(folder) for folder in folders)
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def instantiate_from_config(config: Mapping[str, Any] | str, kind: type | None = None) -> Any:

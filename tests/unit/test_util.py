@@ -34,6 +34,23 @@ def test_a_target_of_another_kind_is_not_called(tmp_path, monkeypatch, kind, tar
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_function_of_an_installed_package_is_not_called():
+    # It reads the file of the parameter pretrained, with whatever code is in that if the parameters say so.
+    with pytest.raises(ValueError, match=r"is a function of an installed package; call it in a function of your own"):
+        instantiate_from_config({"target": "open_clip.create_model", "params": {"model_name": "none"}}, torch.nn.Module)
+
+
+@pytest.mark.parametrize("folder", ["home/.local/lib/python3/site-packages", "usr/lib/python3/dist-packages"])
+def test_a_package_need_not_lie_where_this_python_installs_to_be_no_users_own(tmp_path, monkeypatch, folder):
+    packages = tmp_path / folder
+    packages.mkdir(parents=True)
+    name = f"foreign_{len(folder)}"
+    (packages / f"{name}.py").write_text("class Runs:\n    def __iter__(self):\n        return iter(())\n")
+    monkeypatch.syspath_prepend(packages)
+    with pytest.raises(ValueError, match=r"is not a data set; derive it from torch.utils.data.Dataset"):
+        instantiate_from_config({"target": f"{name}.Runs"}, torch.utils.data.Dataset)
+
+
 def test_captions_are_drawn_dark_on_white():
     page = log_txt_as_img((64, 32), ["hello", ""])
     assert page.shape == (2, 3, 32, 64)
