@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from ldm.training.disk import Disk
 
@@ -39,6 +40,16 @@ class Curves(TensorBoardLogger):
     def save(self) -> None:
         """Bring what was written to the disk."""
         self._write(lambda: super(Curves, self).save())
+
+    def forget_after(self, step: int) -> None:
+        """Have TensorBoard pass over the points after a step, which a continued run writes again.
+
+        Args:
+            step: the optimiser step that the run goes on from. Its own points stay: a validation that ended there
+                does not come again.
+        """
+        begun_again = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._write(lambda: self.experiment.file_writer.add_event(begun_again))
 
     def finalize(self, status: str) -> None:
         """Close the file; nothing that fails here hides why a run ends."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.checkpoint import read_checkpoint
+from ldm.training.curves import Curves
 from ldm.training.summary import limited_batches
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class Resumption(pl.Callback):
             if changes:
                 logger.info("learning rate %s", ", ".join(dict.fromkeys(changes)))
             left = steps_to_come(trainer)
+            for curves in trainer.loggers:
+                if isinstance(curves, Curves):
+                    curves.forget_after(trainer.fit_loop.epoch_loop._batches_that_stepped)
             if left is not None:
                 steps = f"{left:,} optimiser step" + ("" if left == 1 else "s")
                 logger.info("from step %d: %s to come", trainer.global_step, steps)
