@@ -89,7 +89,11 @@ class LossGuard(pl.Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Note its loss."""
         if self._current is not None:
-            value = loss.detach().float().reshape(()).clone()  # weighed in place afterwards
+            # As the model gave it: not its share of a step, nor scaled for 16 bits. A copy: it is weighed in place.
+            value = loss.detach().float().reshape(()) * trainer.accumulate_grad_batches
+            scaler = _scaler(trainer)
+            if scaler is not None:
+                value = value / scaler.scale(torch.ones_like(value))
             self._current.losses.append((self._current.batches[-1][0], value))
 
     def on_before_optimizer_step(
@@ -137,8 +141,9 @@ class LossGuard(pl.Callback):
         self._settle(trainer, pl_module)
         if self.skipped and trainer.is_global_zero:
             logger.warning(
-                "%d steps were left out, as their loss or gradient was no finite number: %s",
-                len(self.skipped),
+                "%s left out, as %s loss or gradient was no finite number: %s",
+                "1 step was" if len(self.skipped) == 1 else f"{len(self.skipped)} steps were",
+                "its" if len(self.skipped) == 1 else "their",
                 ", ".join(map(str, self.skipped)),
             )
 
@@ -157,8 +162,11 @@ class LossGuard(pl.Callback):
             scaler = _scaler(trainer)
             if gradient_is_bad and not loss_is_bad and scaler is not None and scaler.get_scale() >= LEAST_SCALE:
                 continue
-            if loss_is_bad or gradient_is_bad:
+            is_left_out = step.number in self.skipped[-1:]  # for another optimiser of the same step
+            if (loss_is_bad or gradient_is_bad) and not is_left_out:
                 self._leave_out(trainer, pl_module, step, loss_is_bad)
+                is_left_out = True
+            if is_left_out:
                 for group in optimizer.param_groups if optimizer is not None else ():
                     for parameter in group["params"]:
                         parameter.grad = None  # which optimisers pass over
@@ -202,8 +210,10 @@ class LossGuard(pl.Callback):
         """Write down what a step was made of; gives the file, or None where it cannot be written."""
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
         file = _run_folder(trainer) / f"not_finite_step-{step.number:06d}{rank}.json"
+        # Of a batch's several losses the first one that is no finite number, else the first.
+        telling_last = sorted(losses, key=lambda pair: math.isfinite(pair[1]))[::-1]
         # As text: JSON has no words for what is no finite number.
-        by_batch = {batch: repr(loss) for batch, loss in losses}
+        by_batch = {batch: repr(loss) for batch, loss in telling_last}
         content = {
             "step": step.number,
             "epoch": step.epoch,

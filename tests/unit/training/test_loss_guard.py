@@ -38,6 +38,33 @@ class BadToy(ToyDiffusion):
         return loss * factor
 
 
+class OwnSteps(ToyDiffusion):
+    """Takes the steps of two optimisers itself; the first one's loss is no finite number at some batches."""
+
+    accumulates_and_clips = True
+
+    def __init__(self, bad: set[int]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.judge = torch.nn.Linear(3, 1)
+        self.bad = bad
+        self.batches = 0
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        optimizers: Any = self.optimizers()
+        optimizers[1]._on_before_step = optimizers[1]._on_after_step = lambda: None  # counts no step
+        losses = [lambda: self.loss(batch), lambda: self.judge(batch["image"].mean(dim=(1, 2))).square().mean()]
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            factor = float("nan") if self.batches in self.bad and optimizer is optimizers[0] else 1.0
+            self.manual_backward(loss() * factor)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.batches += 1
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (self.model, self.judge)]
+
+
 class Watch(Callback):
     """Notes the weights and moments after each batch."""
 
@@ -145,6 +172,32 @@ def test_a_step_of_several_batches_is_left_out_whole(pictures: Path, tmp_path: P
     ]
 
 
+def test_the_report_gives_the_losses_as_the_model_gave_them(pictures: Path, tmp_path: Path) -> None:
+    model = BadToy({5: float("nan")})
+    toy_run(tmp_path, pictures, model=model, on_nan="skip", accumulate_grad_batches=3, max_epochs=1)
+    (report,) = reports(tmp_path).values()
+    told = [float(batch["loss"]) for batch in report["batches"]]
+    assert told[:2] == pytest.approx(model.losses[3:5])
+
+
+def test_a_step_of_two_optimisers_is_left_out_and_told_once(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = OwnSteps({2})
+    run = toy_run(tmp_path, pictures, model=model, on_nan="skip")
+    assert caplog.text.count("the step is left out") == 1
+    assert "1 step was left out, as its loss or gradient was no finite number: 3" in caplog.text
+    (report,) = reports(tmp_path).values()
+    assert [batch["loss"] for batch in report["batches"]] == ["nan"]
+    for optimizer in run.trainer.optimizers:
+        assert {int(entry["step"]) for entry in optimizer.state.values()} == {run.trainer.global_step - 1}
+
+
+def test_two_optimisers_whose_model_has_blown_up_are_not_skipped_for_ever(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFiniteError, match=f"at step {MOST_SKIPPED + 2} .*{MOST_SKIPPED}th time in a row"):
+        toy_run(tmp_path, pictures, model=OwnSteps(set(range(2, 99))), on_nan="skip", max_epochs=9)
+
+
 def test_a_model_that_has_blown_up_is_not_skipped_for_ever(pictures: Path, tmp_path: Path) -> None:
     bad = dict.fromkeys([0, *range(2, 99)], float("nan"))
     with pytest.raises(NotFiniteError, match=f"at step {MOST_SKIPPED + 2} .*{MOST_SKIPPED}th time in a row"):
@@ -176,16 +229,19 @@ def test_a_verdict_that_is_still_on_its_way_is_read_before_anything_is_saved(tmp
 
 def test_gradients_beyond_sixteen_bits_are_left_to_the_loss_scale(pictures: Path, tmp_path: Path) -> None:
     class Scaler:
-        scale = 65536.0
+        factor = 65536.0
 
         def get_scale(self) -> float:
-            return self.scale
+            return self.factor
+
+        def scale(self, value: Tensor) -> Tensor:
+            return value * self.factor
 
     class Pretend(Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             trainer.precision_plugin.scaler = Scaler()  # type: ignore[attr-defined]
 
     toy_run(tmp_path / "a", pictures, model=BadToy({2: float("inf")}, gradient=True), extra=[Pretend()], max_steps=3)
-    Scaler.scale = 0.5
+    Scaler.factor = 0.5
     with pytest.raises(NotFiniteError, match="the gradient is not finite at step 3"):
         toy_run(tmp_path / "b", pictures, model=BadToy({2: float("inf")}, gradient=True), extra=[Pretend()])
