@@ -19,6 +19,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from ldm.checkpoint import read_checkpoint
 from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO, file_size
 from ldm.training.loss_guard import NotFiniteError
+from ldm.training.run_directory import LAST_CHECKPOINT
 from ldm.training.stop_signals import NOTHING, Interrupted, StopSignals, stop_of
 
 logger = logging.getLogger(__name__)
@@ -253,16 +254,38 @@ class NewestCheckpoints(RunCheckpoint):
         self.checkpoint_io = checkpoint_io
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count a file of this very step among those kept: it got its name after the checkpoint had been written."""
+        """Make up for what a kill left undone."""
         super().on_train_start(trainer, pl_module)
-        if trainer.ckpt_path is None or self.dirpath is None:
+        if trainer.ckpt_path is not None:
+            self.take_up(trainer, Path(trainer.ckpt_path))
+
+    def take_up(self, trainer: pl.Trainer, checkpoint: Path, is_end: bool = False) -> None:
+        """Give the checkpoint that a run goes on from its second name, and count it among those kept.
+
+        A file gets that name after it has been written, and cannot know of it; a kill may have kept it from it.
+
+        Args:
+            trainer: the trainer, with the checkpoint's state.
+            checkpoint: the checkpoint, which has been read through.
+            is_end: whether nothing is going to be saved any more: then what is too old is deleted now, and not after
+                the next save.
+        """
+        if self.dirpath is None:
             return
+        named = checkpoint.with_name(NEWEST_PREFIX + checkpoint.name)
+        is_regular = checkpoint.parent == Path(self.dirpath) and checkpoint.name != LAST_CHECKPOINT
+        is_regular = is_regular and not checkpoint.name.startswith(NEWEST_PREFIX)
+        if trainer.is_global_zero and is_regular and not named.exists():
+            self.checkpoint_io.duplicate(checkpoint, named)
         unknown = [
             path for path in Path(self.dirpath).glob(f"{NEWEST_PREFIX}*.ckpt") if str(path) not in self.best_k_models
         ]
         own = [str(path) for path in unknown if _step_of(path) == trainer.global_step]
         for path in trainer.strategy.broadcast(own):
             self.best_k_models[path] = torch.tensor(trainer.global_step)
+        for path in self._take_out_oldest() if is_end else ():
+            if trainer.is_global_zero:
+                self.checkpoint_io.disk.remove(Path(path))
         if self.best_k_models:
             self.kth_best_model_path = min(self.best_k_models, key=lambda path: self.best_k_models[path])
             self.kth_value = self.best_k_models[self.kth_best_model_path]
@@ -272,10 +295,16 @@ class NewestCheckpoints(RunCheckpoint):
     ) -> None:
         """Save, and delete what is then too old."""
         super()._update_best_and_save(current, trainer, monitor_candidates)
-        oldest_first = sorted(self.best_k_models, key=lambda path: self.best_k_models[path])
-        for path in oldest_first[: max(0, len(oldest_first) - self.save_top_k)]:
-            del self.best_k_models[path]
+        for path in self._take_out_oldest():
             self._remove_checkpoint(trainer, path)
+
+    def _take_out_oldest(self) -> list[str]:
+        """Count what is too old no longer among those kept; gives the files."""
+        oldest_first = sorted(self.best_k_models, key=lambda path: self.best_k_models[path])
+        oldest = oldest_first[: max(0, len(oldest_first) - self.save_top_k)]
+        for path in oldest:
+            del self.best_k_models[path]
+        return oldest
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         """Write a file, or give the one that has just been written another name."""

@@ -25,7 +25,7 @@ from ldm.checkpoint import load_weights, read_weights
 from ldm.diffusers_format import is_diffusers_folder, read_folder
 from ldm.out_of_memory import is_out_of_memory
 from ldm.training.batch_splitting import refuse_unsplittable
-from ldm.training.callbacks import Beginning
+from ldm.training.callbacks import Beginning, NewestCheckpoints
 from ldm.training.checkpoint_io import CheckpointWriteError, remove_leftovers
 from ldm.training.cli import Options, parse_options
 from ldm.training.config import RunConfig, format_config, load_run_config, said_of_run
@@ -441,6 +441,9 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
         if trainer.is_global_zero and not run.directory.last_checkpoint.exists():
             # Killed between its last checkpoint and that one's second name.
             trainer.strategy.checkpoint_io.duplicate(run.checkpoint, run.directory.last_checkpoint)  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, NewestCheckpoints):
+                callback.take_up(trainer, run.checkpoint, is_end=True)
         logger.warning(
             "nothing is left to train: %s is at the end of its run (step %d); raise %s to go on",
             run.checkpoint,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from ldm.training.callbacks import model_checkpoint_params, time_span
+from ldm.training.callbacks import NewestCheckpoints, model_checkpoint_params, time_span
 from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO
 from ldm.training.disk import Disk
 from tests.unit.training.toy import ToyDiffusion
@@ -361,3 +362,24 @@ def test_the_last_step_is_saved_when_its_validation_is_done(pictures: Path, tmp_
     run = toy_run(tmp_path, pictures, model=Look(), max_steps=6, **saving(every_n_train_steps=2, save_top_k=0))
     assert steps == [4]
     assert step_of(run.last) == 6
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_checkpoint_whose_second_name_a_kill_prevented_gets_it_when_the_run_goes_on(
+    more: int, pictures: Path, tmp_path: Path
+) -> None:
+    options = saving(every_n_train_steps=2, save_top_k=3, keep_last_n=2, filename="{step}", monitor="train/loss")
+    run = toy_run(tmp_path / "a", pictures, max_steps=6 + 2 * more, **options)
+    toy_run(tmp_path / "b", pictures, max_steps=6, **options)
+    killed = tmp_path / "b" / "checkpoints"
+    (killed / "last.ckpt").unlink()
+    (killed / "newest-step=6.ckpt").unlink()
+    shutil.copy(killed / "step=2.ckpt", killed / "newest-step=2.ckpt")
+    toy = toy_run(tmp_path / "b", pictures, killed / "step=6.ckpt", max_steps=6 + 2 * more, **options)
+    if not more:
+        next(each for each in toy.trainer.callbacks if isinstance(each, NewestCheckpoints)).take_up(  # type: ignore[attr-defined]
+            toy.trainer, killed / "step=6.ckpt", is_end=True
+        )
+    newest = [name for name in names(run) if name.startswith("newest-")]
+    assert [name for name in names(toy) if name.startswith("newest-")] == newest
+    assert newest == [f"newest-step={step + 2 * more}.ckpt" for step in (4, 6)]

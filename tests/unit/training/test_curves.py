@@ -83,14 +83,14 @@ def points(run: Path) -> list[tuple[str, int, float]]:
 def test_the_curves_of_a_killed_and_continued_run_are_those_of_an_unbroken_one(
     every: dict[str, int], pictures: Path, tmp_path: Path
 ) -> None:
-    class Killed(Exception):
+    class KilledError(Exception):
         """Stands for a kill: what was saved until then is all there is."""
 
     class Kill(Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *others: Any) -> None:
             if trainer.global_step == 9:
                 shutil.copytree(tmp_path / "broken", tmp_path / "killed")
-                raise Killed
+                raise KilledError
 
     options: dict[str, Any] = {
         "logger": True,
@@ -99,7 +99,7 @@ def test_the_curves_of_a_killed_and_continued_run_are_those_of_an_unbroken_one(
         "lightning": {"modelcheckpoint": {"params": {**every, "save_top_k": 0}}},
     }
     toy_run(tmp_path / "unbroken", pictures, **options)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         toy_run(tmp_path / "broken", pictures, extra=[Kill()], **options)
     (file,) = (tmp_path / "killed" / "tensorboard").glob("events*")
     file.rename(file.with_name("events.out.tfevents.1.then"))  # files are read in the order of their seconds
