@@ -178,11 +178,11 @@ class LossGuard(pl.Callback):
             NotFiniteError: the run ends.
         """
         losses = [(batch, float(loss)) for batch, loss in step.losses]
-        shown = next((loss for _, loss in losses if not math.isfinite(loss)), None)
+        batch, shown = next((pair for pair in losses if not math.isfinite(pair[1])), (step.batches[-1][0], None))
         what = f"the loss is {shown}" if shown is not None else "the gradient is not finite"
         if loss_is_bad and shown is None:
             what = "the loss on another device is not finite"
-        where = f"at step {step.number} (epoch {step.epoch + 1}, batch {step.batches[-1][0] + 1})"
+        where = f"at step {step.number} (epoch {step.epoch + 1}, batch {batch + 1})"
         file = self._write_report(trainer, pl_module, step, losses)
         recorded = f"; its pictures, captions and timesteps are in {file}" if file is not None else ""
         self.skipped.append(step.number)
@@ -214,17 +214,17 @@ class LossGuard(pl.Callback):
         telling_last = sorted(losses, key=lambda pair: math.isfinite(pair[1]))[::-1]
         # As text: JSON has no words for what is no finite number.
         by_batch = {batch: repr(loss) for batch, loss in telling_last}
-        content = {
-            "step": step.number,
-            "epoch": step.epoch,
-            "batches": [
-                {"batch": batch, "loss": by_batch.get(batch), "pictures": _pictures(pl_module, said)}
-                for batch, said in step.batches
-            ],
-        }
         try:
+            content = {
+                "step": step.number,
+                "epoch": step.epoch,
+                "batches": [
+                    {"batch": batch, "loss": by_batch.get(batch), "pictures": _pictures(pl_module, said)}
+                    for batch, said in step.batches
+                ],
+            }
             file.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - a data set of another kind must not hide what is reported
             logger.warning("%s could not be written: %s", file, error)
             return None
         return file

@@ -151,7 +151,9 @@ def test_a_step_that_is_left_out_changes_neither_weights_nor_moments(
     assert "2 steps were left out, as their loss or gradient was no finite number: 3, 6" in caplog.text
 
 
-def test_a_step_of_several_batches_is_left_out_whole(pictures: Path, tmp_path: Path) -> None:
+def test_a_step_of_several_batches_is_left_out_whole(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     watch = Watch()
     toy_run(
         tmp_path,
@@ -170,6 +172,23 @@ def test_a_step_of_several_batches_is_left_out_whole(pictures: Path, tmp_path: P
         (4, False),
         (5, False),
     ]
+    assert "the loss is nan at step 2 (epoch 1, batch 4): the step is left out" in caplog.text
+
+
+def test_a_report_that_cannot_be_made_hides_nothing(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Foreign(Callback):
+        """Lets batches look like those of a data set with several captions a picture."""
+
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            batch["caption"] = [tuple(batch["caption"])] * 5
+
+    with pytest.raises(NotFiniteError, match=r"the loss is nan at step 3 \(epoch 1, batch 3\); lower"):
+        toy_run(tmp_path, pictures, model=BadToy({2: float("nan")}), extra=[Foreign()])
+    assert "not_finite_step-000003.json could not be written" in caplog.text
 
 
 def test_the_report_gives_the_losses_as_the_model_gave_them(pictures: Path, tmp_path: Path) -> None:
