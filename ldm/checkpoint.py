@@ -75,6 +75,9 @@ _MOST_ENTRIES: Final = 50_000_000
 _DEEPEST: Final = 100
 """Containers inside each other; Lightning's own go ten deep."""
 
+_DEEPEST_KEY: Final = 3
+"""Tuples inside each other in a key."""
+
 _PLAIN_TYPES: Final = (int, float, complex, str, bytes, bytearray, torch.dtype, torch.device, torch.layout, type(None))
 
 _LONGEST_NAME: Final = 200
@@ -218,7 +221,7 @@ class _Reader:
         if isinstance(value, dict):
             copied = OrderedDict() if isinstance(value, OrderedDict) else {}
             for key, inner in dict.items(value):
-                if not isinstance(key, (str, int, float, type(None))) and key is not _Inert:
+                if not _is_plain_key(key):
                     raise self._refusal(name, f"has a {type(key).__name__} for a key")
                 copied[key], inside = self._copy(inner, f"{name}.{key}" if name else str(key))
                 count += inside
@@ -250,6 +253,13 @@ class _Reader:
             f"checkpoint '{self.path}' was refused: {_shown(name or 'its content')} {what}; that is nothing "
             "which training writes: get the file again from a source that you trust"
         )
+
+
+def _is_plain_key(key: Any, depth: int = 0) -> bool:
+    """Tell whether a key of a dictionary is a plain value, or a short nest of such."""
+    if isinstance(key, tuple):
+        return depth < _DEEPEST_KEY and all(_is_plain_key(inner, depth + 1) for inner in key)
+    return isinstance(key, (*_PLAIN_TYPES, _Inert)) or key is _Inert
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -301,3 +301,10 @@ def test_names_of_compiled_and_parallel_wrappers_are_removed():
 
 def test_the_twelve_schedule_tables_are_named():
     assert len(set(SCHEDULE_TABLES)) == 12
+
+
+@pytest.mark.parametrize("key", [(64, 96), ((1, "a"), None), b"name", True, 1.5, None, torch.float32])
+def test_what_callbacks_of_ones_own_keep_may_have_any_plain_key(tmp_path, key):
+    kept = {"callbacks": {"Mine": {"seen": {key: 3}}}, "state_dict": {"layer.weight": torch.ones(2)}}
+    torch.save(kept, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt")["callbacks"] == kept["callbacks"]
