@@ -13,8 +13,8 @@ from ldm import exposure
 
 Batch = Mapping[str, Any]
 
-STAYS_ON_CPU: Final = ("exposure", "loss_weight")
-"""What is needed on the CPU: fetching it back would wait for the device."""
+STAYS_ON_CPU: Final = ("exposure", "loss_weight", "training_size", "crop", "flip", "dropped")
+"""What is needed on the CPU, for draws and for the ledger: fetching it back would wait for the device."""
 
 
 def batch_exposures(

@@ -502,7 +502,8 @@ class DDPM(pl.LightningModule):
         real = count_real(loss_weights(batch, len(exposures)), len(exposures))
         if real:
             self.log_dict(logged, logger=True, on_step=True, on_epoch=True, batch_size=real)  # type: ignore[arg-type]
-        self.log("global_step", float(self.global_step), logger=True, on_step=True, on_epoch=False)
+        step = torch.full((), float(self.global_step), device=self.device)  # a number would wait for the device
+        self.log("global_step", step, logger=True, on_step=True, on_epoch=False)
         return value
 
     @torch.no_grad()
@@ -545,16 +546,16 @@ class DDPM(pl.LightningModule):
             parts["logvar"] = [self.logvar]  # type: ignore[list-item]
         return {name: parameters for name, parameters in parts.items() if parameters}
 
-    def configure_optimizers(self) -> Any:
-        """Build AdamW over the parts to train, and the learning-rate schedule.
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Give the optimiser's parameter groups: one at ``learning_rate``, and the network's own with ``model_lr``.
 
-        One group at ``learning_rate``; with ``model_lr`` the network gets a group of its own.
+        Their order is that of the optimiser's state in checkpoints.
+
+        Returns:
+            A mapping a group: ``params``, and ``lr`` where it is not the base learning rate.
 
         Raises:
             ValueError: nothing is to be trained.
-
-        Reference:
-            Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2.
         """
         parts = self.trained_parameters()
         if not parts:
@@ -564,11 +565,21 @@ class DDPM(pl.LightningModule):
         network = parts.pop("model", [])
         rest = [parameter for group in parts.values() for parameter in group]
         if self.model_lr is None:
-            groups: list[dict[str, Any]] = [{"params": network + rest}]
-        else:
-            groups = [{"params": network, "lr": self.model_lr}, {"params": rest}]
-            groups = [group for group in groups if group["params"]]
-        on_gpu = all(parameter.is_cuda for parameter in network + rest)
+            return [{"params": network + rest}]
+        groups = [{"params": network, "lr": self.model_lr}, {"params": rest}]
+        return [group for group in groups if group["params"]]
+
+    def configure_optimizers(self) -> Any:
+        """Build AdamW over the parameter groups, and the learning-rate schedule.
+
+        Raises:
+            ValueError: nothing is to be trained.
+
+        Reference:
+            Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2.
+        """
+        groups = self.parameter_groups()
+        on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
         optimizer = torch.optim.AdamW(
             groups, lr=self.learning_rate, fused=True if on_gpu and self._may_fuse() else None
         )

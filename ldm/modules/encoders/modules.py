@@ -290,16 +290,22 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         chunks, order = self._tokenize_chunks([text] if isinstance(text, str) else text)
         if len(chunks) == len(order):
             return self._encode(chunks)
-        order = order.to(self._device)  # first: such a copy waits for all that the device was given before it
-        return self._encode(chunks)[order].flatten(1, 2)
+        return self._encode(chunks)[self._to_device(order)].flatten(1, 2)
 
     @property
     def _device(self) -> torch.device:
         return self.transformer.text_model.embeddings.token_embedding.weight.device
 
+    def _to_device(self, numbers: Tensor) -> Tensor:
+        """Move numbers from the CPU without waiting for the device, as copying from pageable memory would."""
+        device = self._device
+        if device.type == "cuda" and not numbers.is_cuda:
+            numbers = numbers.pin_memory()
+        return numbers.to(device, non_blocking=True)
+
     def _encode(self, tokens: Tensor) -> Tensor:
         """Encode chunks of token ids (N, L) to hidden states (N, L, hidden_size), or (N, 1, hidden_size)."""
-        tokens = tokens.to(self._device)
+        tokens = self._to_device(tokens)
         text_model = self.transformer.text_model
         if self.layer == "last" and self.clip_skip == 0:
             return text_model(input_ids=tokens).last_hidden_state

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.models.keyed_batches import loss_weights
+from ldm.models.keyed_batches import loss_weights, move_pictures
 from tests.unit.models.small import build_text_model, picture_batch
 
 
@@ -20,11 +20,11 @@ def test_batches_without_exposure_keys_are_moved_whole():
     assert moved[0].device.type == "meta"
 
 
-def test_loss_weights_stay_on_the_cpu_too():
-    batch = {"image": torch.zeros(2, 8, 8, 3), "loss_weight": torch.tensor([1.0, 0.0])}
-    moved = build_text_model().transfer_batch_to_device(batch, torch.device("meta"), 0)
-    assert moved["image"].device.type == "meta"
-    assert moved["loss_weight"].tolist() == [1.0, 0.0]
+@pytest.mark.parametrize("name", ["loss_weight", "training_size", "crop", "flip", "dropped"])
+def test_what_the_loss_and_the_ledger_read_on_the_cpu_stays_there(name):
+    batch = {"image": torch.zeros(2, 4, 4, 3), name: torch.ones(2)}
+    moved = move_pictures(batch, lambda rest: {key: value.to("meta") for key, value in rest.items()})
+    assert (moved["image"].device.type, moved[name].device.type) == ("meta", "cpu")
 
 
 @pytest.mark.parametrize("batch", [{}, {"loss_weight": None}, {"loss_weight": torch.ones(2)}])
