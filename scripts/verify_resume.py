@@ -13,6 +13,7 @@ Exit status: 0 all is the same, 1 something differs, 2 it could not be tried.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import random
 import signal
@@ -346,6 +347,8 @@ def _names(run: Path) -> list[str]:
 
 def _curves(run: Path) -> dict[str, float]:
     """Read what was validated, by name and step."""
+    # It tells of points that a continued run takes back, as it should.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     names = [name for name in events.Tags()["scalars"] if name.startswith("val")]
