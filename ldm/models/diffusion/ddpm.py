@@ -566,7 +566,7 @@ class DDPM(pl.LightningModule):
         rest = [parameter for group in parts.values() for parameter in group]
         if self.model_lr is None:
             return [{"params": network + rest}]
-        groups = [{"params": network, "lr": self.model_lr}, {"params": rest}]
+        groups: list[dict[str, Any]] = [{"params": network, "lr": self.model_lr}, {"params": rest}]
         return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> Any:
