@@ -60,10 +60,12 @@ def why_unreadable(path: str, error: OSError | ValueError) -> str:
         raise MemoryError(str(error)) from error
     if isinstance(cause, OSError) and cause.errno in _SYSTEMS_FAULTS:
         raise error
+    # A name can hold the end of a line, and what follows would look like a message of its own.
+    shown = "\\n".join(path.splitlines())
     if isinstance(cause, (FileNotFoundError, NotADirectoryError)):
-        return f"{path}: has vanished since the run began"
+        return f"{shown}: has vanished since the run began"
     said = describe_damage(cause) if cause is not error or getattr(error, "errno", None) else str(error)
-    return f"{path}: cannot be read: {' '.join(said.removeprefix(f'{path}: ').split())}"
+    return f"{shown}: cannot be read: {' '.join(said.removeprefix(f'{path}: ').split())}"
 
 
 def blank_picture(size: tuple[int, int], as_bytes: bool) -> npt.NDArray[Any]:

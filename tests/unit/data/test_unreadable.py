@@ -238,3 +238,10 @@ def test_latents_of_nothing_but_unreadable_pictures_are_refused(root: Path, tmp_
     assert cache is not None
     with pytest.raises(ValueError, match="has vanished since the run began"):
         cache.open(ENCODING)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), OSError("a\nb.png: not a picture")])
+def test_a_name_with_a_line_end_in_it_makes_no_second_line(error: OSError) -> None:
+    reason = why_unreadable("a\nb.png", error)
+    assert reason.startswith("a\\nb.png: ")
+    assert reason.isprintable()
