@@ -499,10 +499,13 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what was reached before a failure, if that is worth anything."""
+        asked_before = self.signals.requested
         try:
             self._save_after(trainer, exception)
         finally:
             self.signals.deferred = False
+            # The end that was asked for meanwhile comes by itself, and its reason is the failure.
+            self.signals.requested = asked_before
 
     def _save_after(self, trainer: pl.Trainer, exception: BaseException) -> None:
         """Save after a failure."""

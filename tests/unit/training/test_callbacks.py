@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +384,20 @@ def test_a_checkpoint_whose_second_name_a_kill_prevented_gets_it_when_the_run_go
     newest = [name for name in names(run) if name.startswith("newest-")]
     assert [name for name in names(toy) if name.startswith("newest-")] == newest
     assert newest == [f"newest-step={step + 2 * more}.ckpt" for step in (4, 6)]
+
+
+def test_a_signal_that_arrives_while_a_failure_is_saved_after_does_not_hide_it(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy, data = prepare_toy_run(tmp_path, pictures, model=ToyDiffusion(fail_at_step=3))
+    save = toy.trainer.save_checkpoint
+
+    def save_slowly(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*arguments, **options)
+
+    monkeypatch.setattr(toy.trainer, "save_checkpoint", save_slowly)
+    with toy.signals, pytest.raises(RuntimeError, match="the toy broke"):
+        toy.trainer.fit(toy.model, datamodule=data)
+    assert step_of(toy.last) == 3
+    assert toy.signals.requested is None
