@@ -502,8 +502,8 @@ class DDPM(pl.LightningModule):
         real = count_real(loss_weights(batch, len(exposures)), len(exposures))
         if real:
             self.log_dict(logged, logger=True, on_step=True, on_epoch=True, batch_size=real)  # type: ignore[arg-type]
-        step = torch.full((), float(self.global_step), device=self.device)  # a number would wait for the device
-        self.log("global_step", step, logger=True, on_step=True, on_epoch=False)
+        reached = torch.full((), float(self.global_step), device=self.device)  # a number would wait for the device
+        self.log("global_step", reached, logger=True, on_step=True, on_epoch=False)
         return value
 
     @torch.no_grad()
