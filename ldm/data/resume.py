@@ -169,6 +169,7 @@ def _go_on_within_epoch(fit_loop: Any, epoch: int, position: int, validation_due
     if validation_due and _validation_unfinished(fit_loop):
         _set_batches(fit_loop, position)
         _begin_validation(fit_loop)
+        _hold_step_limit_back(fit_loop)
     # In a checkpoint from the end of a batch, the batch is not completed yet: Lightning knows this form and
     # also counts the step for the loggers then, so it stays as it is.
     elif not (counters.processed == position == counters.completed + 1):
@@ -181,6 +182,7 @@ def _go_on_after_last_batch(fit_loop: Any, epoch: int, batches_per_epoch: int, v
     saved_at_batch_end = progress.current.completed < progress.current.processed
     if validation_due and _validation_unfinished(fit_loop):
         _begin_validation(fit_loop)
+        _hold_step_limit_back(fit_loop)
     elif saved_at_batch_end:
         # What Lightning does at the end of a batch, after its checkpoints: count the step for the loggers.
         fit_loop.epoch_loop._batches_that_stepped += 1
@@ -191,10 +193,12 @@ def _go_on_after_last_batch(fit_loop: Any, epoch: int, batches_per_epoch: int, v
 
 def _validation_unfinished(fit_loop: Any) -> bool:
     batches = fit_loop.epoch_loop.batch_progress.current
-    validation = fit_loop.epoch_loop.val_loop.batch_progress.current
+    validation = fit_loop.epoch_loop.val_loop.batch_progress
     saved_before_validation = batches.completed < batches.processed
-    saved_within_validation = validation.ready != validation.completed
-    return saved_before_validation or saved_within_validation
+    done = validation.current.completed
+    # A batch counts as ready when it has been fetched: a failure to fetch one leaves no trace but that it was not the last.
+    finished = done > 0 and done == validation.current.ready and validation.is_last_batch
+    return saved_before_validation or not finished
 
 
 def _begin_validation(fit_loop: Any) -> None:
@@ -203,6 +207,16 @@ def _begin_validation(fit_loop: Any) -> None:
         # The form of a validation that stopped in its first batch, which Lightning starts again.
         _set_counters(counters, 0)
         counters.ready = counters.started = 1
+
+
+def _hold_step_limit_back(fit_loop: Any) -> None:
+    """Let a run that stands at its last step begin once more, for the validation that it owes.
+
+    Lightning looks at the limit first and would not. :class:`ldm.training.resumption.Resumption` puts it back when the
+    validation is done.
+    """
+    if fit_loop.epoch_loop.global_step >= fit_loop.epoch_loop.max_steps:
+        fit_loop.epoch_loop.max_steps = -1
 
 
 def _mark_epoch_unfinished(fit_loop: Any, epoch: int) -> None:

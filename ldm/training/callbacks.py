@@ -424,6 +424,7 @@ class LastCheckpoint(Checkpoint):
         self._saved: tuple[int, int, int] | None = None
         self._broken_off_at: int | None = None
         self._first_step: int | None = None
+        self._has_validated = False
         self._seen_step = 0
         self._stepping_batch: int | None = None
 
@@ -458,10 +459,7 @@ class LastCheckpoint(Checkpoint):
             return  # a batch whose gradient waits for others
         self._seen_step = trainer.global_step
         by_steps = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
-        due = by_steps or any(regular.saved_step == trainer.global_step for regular in self.follows)
-        # A run has nothing left to do after its last step, so a resume would leave out the validation that follows:
-        # that step is saved at the end.
-        if due and trainer.global_step != trainer.max_steps:
+        if by_steps or any(regular.saved_step == trainer.global_step for regular in self.follows):
             self.save(trainer)
         if not self._epoch_ends_here(trainer):
             self._answer(trainer)
@@ -480,6 +478,10 @@ class LastCheckpoint(Checkpoint):
         almost_done = trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
         if not almost_done:
             self._answer(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note it: a continued run may owe no more than this."""
+        self._has_validated = self._has_validated or trainer.state.fn == TrainerFn.FITTING
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save by epochs, and as signals ask."""
@@ -567,8 +569,8 @@ class LastCheckpoint(Checkpoint):
         return is_saved
 
     def _has_progressed(self, trainer: pl.Trainer) -> bool:
-        """Tell whether training has begun, and made a step since."""
-        return self._first_step is not None and trainer.global_step > self._first_step
+        """Tell whether training has begun, and made a step or a validation since."""
+        return self._first_step is not None and (trainer.global_step > self._first_step or self._has_validated)
 
     def _is_stepping(self, trainer: pl.Trainer) -> bool:
         """Tell whether an optimiser step has begun and not ended: some weights may have changed, and some not."""

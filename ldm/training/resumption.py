@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerFn
 
 from ldm.checkpoint import read_checkpoint
 from ldm.training.curves import Curves
@@ -31,6 +32,12 @@ class Resumption(pl.Callback):
         self._configured = [
             [_initial_rate(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers
         ]
+        self._max_steps = trainer.max_steps
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the limit on steps back."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            trainer.fit_loop.epoch_loop.max_steps = self._max_steps
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the configured rates in place of the checkpoint's, and tell."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 
 from ldm.training.callbacks import NewestCheckpoints, model_checkpoint_params, time_span
 from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO
@@ -353,18 +354,6 @@ def test_a_checkpoint_holds_step_weights_and_optimiser_and_loads_safely(pictures
     assert content["optimizer_states"][0]["state"]
 
 
-def test_the_last_step_is_saved_when_its_validation_is_done(pictures: Path, tmp_path: Path) -> None:
-    steps: list[int] = []
-
-    class Look(ToyDiffusion):
-        def on_validation_start(self) -> None:
-            steps.append(step_of(tmp_path / "checkpoints" / "last.ckpt"))
-
-    run = toy_run(tmp_path, pictures, model=Look(), max_steps=6, **saving(every_n_train_steps=2, save_top_k=0))
-    assert steps == [4]
-    assert step_of(run.last) == 6
-
-
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_checkpoint_whose_second_name_a_kill_prevented_gets_it_when_the_run_goes_on(
     more: int, pictures: Path, tmp_path: Path
@@ -401,3 +390,42 @@ def test_a_signal_that_arrives_while_a_failure_is_saved_after_does_not_hide_it(
         toy.trainer.fit(toy.model, datamodule=data)
     assert step_of(toy.last) == 3
     assert toy.signals.requested is None
+
+
+def judged() -> ToyDiffusion:
+    """Build the toy with the same weights each time, and checkpoints judged by its validation."""
+    torch.manual_seed(0)
+    return ToyDiffusion("val/loss")
+
+
+class LosesAPicture(Callback):
+    """Takes a picture away when a validation begins."""
+
+    def __init__(self, picture: Path, validation: int) -> None:
+        self.picture = picture
+        self.validation = validation
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validation -= 1
+        if self.validation == 0:
+            self.picture.rename(self.picture.with_suffix(".away"))
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_steps": 12}, {"max_steps": 14}])
+@pytest.mark.parametrize("validation", [1, 2])
+@pytest.mark.parametrize("number", [0, 5])
+def test_a_validation_that_failed_over_a_picture_is_done_again(
+    number: int, validation: int, limit: dict[str, int], pictures: Path, tmp_path: Path
+) -> None:
+    whole = toy_run(tmp_path / "whole", pictures, model=judged(), **limit)
+    picture = sorted(pictures.glob("*/*.png"))[number]
+    first, data = prepare_toy_run(
+        tmp_path / "run", pictures, model=judged(), extra=[LosesAPicture(picture, validation)], **limit
+    )
+    with pytest.raises(OSError, match="vanished"):
+        first.trainer.fit(first.model, datamodule=data)
+    picture.with_suffix(".away").rename(picture)
+    second = toy_run(tmp_path / "run", pictures, first.last, model=judged(), **limit)
+    assert second.model.validated == whole.model.validated[len(whole.model.validated) // 2 * (validation - 1) :]
+    assert names(second) == names(whole)
+    assert torch.equal(second.weights, whole.weights)
