@@ -14,12 +14,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.training.console import command_word
+
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED: Final = 10
 """How many steps in a row are left out before the run ends: by then it is the model that has blown up."""
 
 LAST: Final = "checkpoints/last.ckpt"
+REPORTS: Final = "not_finite"
 
 LEAST_SCALE: Final = 1.0
 """Scale of a 16-bit loss below which gradients that are not finite are no longer a matter of the scale."""
@@ -53,7 +56,7 @@ class _Step:
 class LossGuard(pl.Callback):
     """Ends the run at a loss or gradient that is no finite number, or leaves the step out.
 
-    The pictures, captions and timesteps of the step's batches are written to ``<run>/not_finite_step-….json``;
+    The pictures, captions and timesteps of the step's batches are written to ``<run>/not_finite/step-….json``;
     ``last.ckpt`` stays what it was. On a GPU the verdict on a step is read one step later, so that nothing waits
     for the device; nothing is saved before it is read. A step that is left out changes no weights and no moments; the
     step is counted, and the schedule and the moving averages go on.
@@ -72,6 +75,14 @@ class LossGuard(pl.Callback):
         self.skipped: list[int] = []
         self._current: _Step | None = None
         self._pending: list[_Step] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Store which steps were left out."""
+        return {"skipped": list(self.skipped)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back which steps were left out."""
+        self.skipped = [int(step) for step in state_dict.get("skipped", ())]
 
     # --- what is going on -----------------------------------------------------------------------------------
 
@@ -191,25 +202,34 @@ class LossGuard(pl.Callback):
             len(self.skipped),
         )
         if self.on_nan == "skip" and in_a_row < MOST_SKIPPED:
-            logger.warning("%s %s: the step is left out%s", what, where, recorded)
+            explained = f"the step is left out{recorded}" if self.skipped == [step.number] else "left out too"
+            logger.warning("%s %s: %s", what, where, explained)
             return
-        rate = "" if self.base_learning_rate is None else f" ({self.base_learning_rate:g} now)"
-        advice = f"lower model.base_learning_rate{rate}"
-        if str(trainer.precision).startswith("16"):
-            advice += ", use --precision bf16-mixed or 32-true"
         if self.on_nan == "skip":
             where += f", for the {MOST_SKIPPED}th time in a row"
-        else:
-            advice += ", or leave such steps out with --on_nan skip"
-        kept = "; last.ckpt stays as it was" if (_run_folder(trainer) / LAST).is_file() else ""
-        raise NotFiniteError(f"{what} {where}{recorded}{kept}; {advice}")
+        raise NotFiniteError(f"{what} {where}{recorded}; {self._advice(trainer)}")
+
+    def _advice(self, trainer: pl.Trainer) -> str:
+        """Say what to do about it, and what to type."""
+        run = _run_folder(trainer)
+        rate = "a lower one" if self.base_learning_rate is None else f"{self.base_learning_rate / 10:g}"
+        words = f"model.base_learning_rate={rate}"
+        others = ["--precision bf16-mixed"] if str(trainer.precision).startswith("16") else []
+        others += ["--on_nan skip"] if self.on_nan != "skip" else []
+        instead = "".join(f", or with {words}" for words in others)
+        if not (run / LAST).is_file():
+            return f"nothing had been saved: type the same command with {words}{instead}"
+        return (
+            "last.ckpt stays as it was: continue from it with a lower learning rate:"
+            f" python main.py -t -r {command_word(run)} {words} --accept_changes{instead}"
+        )
 
     def _write_report(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: _Step, losses: Sequence[tuple[int, float]]
     ) -> Path | None:
         """Write down what a step was made of; gives the file, or None where it cannot be written."""
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
-        file = _run_folder(trainer) / f"not_finite_step-{step.number:06d}{rank}.json"
+        file = _run_folder(trainer) / REPORTS / f"step-{step.number:06d}{rank}.json"
         # Of a batch's several losses the first one that is no finite number, else the first.
         telling_last = sorted(losses, key=lambda pair: math.isfinite(pair[1]))[::-1]
         # As text: JSON has no words for what is no finite number.
@@ -223,6 +243,7 @@ class LossGuard(pl.Callback):
                     for batch, said in step.batches
                 ],
             }
+            file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(content, indent=1), encoding="utf-8")
         except Exception as error:  # noqa: BLE001 - a data set of another kind must not hide what is reported
             logger.warning("%s could not be written: %s", file, error)

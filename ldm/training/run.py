@@ -35,6 +35,7 @@ from ldm.training.disk import write_text
 from ldm.training.failures import TrainingError, explain
 from ldm.training.latent_caching import refuse_uncacheable
 from ldm.training.learning_rate import scaled_learning_rate
+from ldm.training.loss_guard import NotFiniteError
 from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
 from ldm.training.run_changes import Changes, find_changes, question
@@ -425,11 +426,11 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
         _say_how_to_continue(run)
         raise
     except Exception as error:
-        if run.signals.requested is not None and not isinstance(error, CheckpointWriteError):
+        if run.signals.requested is not None and not isinstance(error, (CheckpointWriteError, NotFiniteError)):
             # Ctrl-C ends the loader processes too, and their absence is an error to whoever awaits a batch.
             logger.warning("while stopping: %s: %s", type(error).__name__, str(error).partition("\n")[0])
             raise Interrupted(run.signals.requested) from error
-        if begin.has_begun:
+        if begin.has_begun and not isinstance(error, NotFiniteError):  # whose line holds a command of its own
             _say_how_to_continue(run)
         explained = explain(error, trainer, run.config, run.checkpoint, begin.has_begun)
         if explained is error:

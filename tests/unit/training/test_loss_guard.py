@@ -85,7 +85,7 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
 
 
 def reports(run: Path) -> dict[str, Any]:
-    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("not_finite*.json"))}
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("not_finite/*.json"))}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,9 @@ def test_the_run_stops_before_the_weights_are_touched(
 
 def test_pictures_captions_and_timesteps_are_written_down(pictures: Path, tmp_path: Path) -> None:
     model = BadToy({2: float("nan")})
-    with pytest.raises(NotFiniteError, match=r"not_finite_step-000003\.json"):
+    with pytest.raises(
+        NotFiniteError, match=r"not_finite/step-000003\.json; nothing had been saved: type the same command"
+    ):
         toy_run(tmp_path, pictures, model=model)
     (report,) = reports(tmp_path).values()
     (batch,) = report["batches"]
@@ -125,7 +127,10 @@ def test_pictures_captions_and_timesteps_are_written_down(pictures: Path, tmp_pa
 def test_the_last_checkpoint_stays_as_it_was(pictures: Path, tmp_path: Path) -> None:
     saving = {"modelcheckpoint": {"params": {"every_n_train_steps": 2, "save_top_k": 0}}}
     unbroken = toy_run(tmp_path / "two", pictures, lightning=saving, model=BadToy({}), max_steps=2)
-    with pytest.raises(NotFiniteError, match=r"last\.ckpt stays as it was"):
+    with pytest.raises(
+        NotFiniteError,
+        match=r"last\.ckpt stays as it was: .* model\.base_learning_rate=.* --accept_changes, or with --on_nan skip",
+    ):
         toy_run(tmp_path / "bad", pictures, lightning=saving, model=BadToy({3: float("nan")}))
     good, kept = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (tmp_path / "two", tmp_path / "bad")
@@ -146,7 +151,7 @@ def test_a_step_that_is_left_out_changes_neither_weights_nor_moments(
     assert run.trainer.global_step == len(watch.states) == 12
     changed = [not same(before, after) for before, after in zip(watch.states, watch.states[1:], strict=False)]
     assert [number for number, is_changed in enumerate(changed, start=2) if not is_changed] == [3, 6]
-    assert list(reports(tmp_path)) == ["not_finite_step-000003.json", "not_finite_step-000006.json"]
+    assert list(reports(tmp_path)) == ["step-000003.json", "step-000006.json"]
     assert "the step is left out" in caplog.text
     assert "2 steps were left out, as their loss or gradient was no finite number: 3, 6" in caplog.text
 
@@ -166,7 +171,7 @@ def test_a_step_of_several_batches_is_left_out_whole(
     )
     assert all(same(watch.states[2], state) for state in watch.states[3:])
     ((name, report),) = reports(tmp_path).items()
-    assert name == "not_finite_step-000002.json"
+    assert name == "step-000002.json"
     assert [(batch["batch"], batch["loss"] == "nan") for batch in report["batches"]] == [
         (3, True),
         (4, False),
@@ -187,9 +192,9 @@ def test_a_report_that_cannot_be_made_hides_nothing(
             if batch_idx == 2:
                 batch["caption"] = [tuple(batch["caption"])] * 5
 
-    with pytest.raises(NotFiniteError, match=r"the loss is nan at step 3 \(epoch 1, batch 3\); lower"):
+    with pytest.raises(NotFiniteError, match=r"the loss is nan at step 3 \(epoch 1, batch 3\); nothing"):
         toy_run(tmp_path, pictures, model=BadToy({2: float("nan")}), extra=[Foreign()])
-    assert "not_finite_step-000003.json could not be written" in caplog.text
+    assert "step-000003.json could not be written" in caplog.text
 
 
 def test_the_report_gives_the_losses_as_the_model_gave_them(pictures: Path, tmp_path: Path) -> None:
@@ -265,3 +270,11 @@ def test_gradients_beyond_sixteen_bits_are_left_to_the_loss_scale(pictures: Path
     Scaler.factor = 0.5
     with pytest.raises(NotFiniteError, match="the gradient is not finite at step 3"):
         toy_run(tmp_path / "b", pictures, model=BadToy({2: float("inf")}, gradient=True), extra=[Pretend()])
+
+
+def test_a_continued_run_still_knows_what_was_left_out(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = toy_run(tmp_path, pictures, model=BadToy({2: float("nan")}), on_nan="skip", max_epochs=1)
+    toy_run(tmp_path, pictures, first.last, model=BadToy({0: float("nan")}), on_nan="skip", max_epochs=2)
+    assert "2 steps were left out, as their loss or gradient was no finite number: 3, 7" in caplog.text
