@@ -432,14 +432,17 @@ class LastCheckpoint(Checkpoint):
         """Take over the signals, which Lightning has just claimed for itself; see that there is room.
 
         Raises:
-            OSError: if not even the weights fit on the disk: the first save would fail, hours from now.
+            OSError: if not even the weights fit on the disk, or a callback's state cannot be read back: the first save
+                would fail, hours from now.
         """
         self.signals.install()
         self.signals.deferred = True
         self._first_step = self._seen_step = trainer.global_step
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            self.checkpoint_io.check_room(pl_module.state_dict(), self.path)
-            self.checkpoint_io.reserve(_checkpoint_size(trainer))
+            self._check_states(trainer)
+            size = _checkpoint_size(trainer)
+            self.checkpoint_io.check_room(pl_module.state_dict(), self.path, expected=size)
+            self.checkpoint_io.reserve(size)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -567,6 +570,17 @@ class LastCheckpoint(Checkpoint):
         if is_saved:
             logger.info("saved step %d as %s", trainer.global_step, self.path)
         return is_saved
+
+    def _check_states(self, trainer: pl.Trainer) -> None:
+        """Refuse callbacks whose state no checkpoint could give back: the run could not be continued."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = callback.state_dict()
+            if state and not self.checkpoint_io.can_give_back(state):
+                raise CheckpointWriteError(
+                    f"the state of the callback {type(callback).__name__} could not be read back from a checkpoint, so"
+                    " that the run could not be continued: keep tensors, numbers, texts, lists and dictionaries in its"
+                    " state_dict"
+                )
 
     def _has_progressed(self, trainer: pl.Trainer) -> bool:
         """Tell whether training has begun, and made a step or a validation since."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -100,19 +102,46 @@ class StreamingCheckpointIO(CheckpointIO):
         self._put(target, file_size(checkpoint), lambda stream: torch.save(checkpoint, stream))
         self._note(checkpoint, target)
 
-    def check_room(self, content: Mapping[str, Any], target: Path) -> None:
-        """See whether a file would fit on the disk now.
+    def check_room(self, content: Mapping[str, Any], target: Path, expected: int = 0) -> None:
+        """See whether a file would fit on the disk now, and say so where a larger one to come is likely not to.
 
         Args:
             content: what the file is going to hold at least.
             target: its name.
+            expected: bytes that it is likely to have.
 
         Raises:
             CheckpointWriteError: if it would not, with the room that is needed and what could go.
         """
         needed = file_size(content)
-        if self.disk.free(target.parent) < needed:
+        free = self.disk.free(target.parent)
+        if free < needed:
             raise CheckpointWriteError(self._describe_full_disk(needed, target))
+        if free < expected:
+            logger.warning(
+                "a checkpoint is going to take about %s, and the disk of %s has %s free: make room before the first"
+                " save",
+                format_size(expected),
+                target.parent,
+                format_size(free),
+            )
+
+    def can_give_back(self, state: Mapping[str, Any]) -> bool:
+        """Tell whether what is stored in a checkpoint can be read again, as any file is read.
+
+        Args:
+            state: a part of a checkpoint, such as the state of a callback.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / LAST_CHECKPOINT
+            try:
+                torch.save({"state_dict": {"none": torch.zeros(1)}, "state": state}, path)
+                read_checkpoint(path, verify=False)
+            except (ValueError, TypeError, AttributeError, pickle.PicklingError):
+                return False
+            except (OSError, RuntimeError):
+                return True  # there was no room to try it
+        return True
 
     def reserve(self, size: int) -> None:
         """Take what memory a checkpoint of this many bytes is going to need: none, here."""
@@ -220,8 +249,10 @@ class StreamingCheckpointIO(CheckpointIO):
             with self.disk.create(partial) as stream:
                 write(stream)
                 self.disk.sync(stream)
-            if self.verify and not verify_checkpoint(partial):
-                raise ValueError("the file is cut short")
+            if self.verify:
+                if not verify_checkpoint(partial):
+                    raise ValueError("the file is cut short")
+                read_checkpoint(partial, verify=False)
             self.disk.replace(partial, target)
             self.disk.sync_folder(target.parent)
         except BaseException as error:

@@ -3,16 +3,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
 from ldm.training.callbacks import NewestCheckpoints, model_checkpoint_params, time_span
-from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO
+from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO, file_size, format_size
 from ldm.training.disk import Disk
 from tests.unit.training.toy import ToyDiffusion
 from tests.unit.training.toy_run import ToyRun, prepare_toy_run, toy_run
@@ -429,3 +431,50 @@ def test_a_validation_that_failed_over_a_picture_is_done_again(
     assert second.model.validated == whole.model.validated[len(whole.model.validated) // 2 * (validation - 1) :]
     assert names(second) == names(whole)
     assert torch.equal(second.weights, whole.weights)
+
+
+@pytest.mark.parametrize("held", [np.zeros(2), Path("x"), torch.zeros(2).to_sparse(), defaultdict(int, a=1), lambda: 0])
+def test_a_callback_whose_state_no_checkpoint_can_give_back_is_refused_before_the_first_step(
+    held: Any, pictures: Path, tmp_path: Path
+) -> None:
+    class Holds(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"fine": [1, "two", torch.zeros(1)], "held": held}
+
+    with pytest.raises(CheckpointWriteError, match="the state of the callback Holds could not be read back"):
+        toy_run(tmp_path, pictures, extra=[Holds()])
+
+
+def test_a_file_that_could_not_be_continued_does_not_replace_the_one_before(pictures: Path, tmp_path: Path) -> None:
+    class Turns(Callback):
+        held: Any = 1
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *others: Any) -> None:
+            self.held = np.zeros(2) if trainer.global_step > 7 else 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"held": self.held}
+
+    with pytest.raises(CheckpointWriteError, match="could not write the checkpoint"):
+        toy_run(tmp_path, pictures, extra=[Turns()])
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 6
+
+
+def test_little_room_is_told_before_the_first_step(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy, data = prepare_toy_run(tmp_path, pictures)
+    weights = file_size(toy.model.state_dict())
+
+    class Small(Disk):
+        def free(self, folder: Path) -> int:
+            return weights
+
+    toy.trainer.strategy.checkpoint_io.disk = Small()  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointWriteError):
+        toy.trainer.fit(toy.model, datamodule=data)
+    told = [
+        record.getMessage() for record in caplog.records if "make room before the first save" in record.getMessage()
+    ]
+    assert len(told) == 1
+    assert f"has {format_size(weights)} free" in told[0]
