@@ -5,6 +5,7 @@ Wiring only: the formulas stand in the files beside this one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -21,10 +22,13 @@ from ldm.models.batch_parts import BatchParts
 from ldm.models.diffusion import ancestral, gaussian_diffusion, image_rows, loss
 from ldm.models.diffusion.conditioning import CONDITIONING_KEYS, Condition, as_arguments
 from ldm.models.diffusion.noise_schedule import build_noise_schedule, condition_timesteps
+from ldm.models.diffusion.trained_parts import PART_NAMES, parameter_groups, refuse_contradictions
 from ldm.models.keyed_batches import Batch, batch_exposures, count_real, loss_weights, move_draw, move_pictures
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.util import Schedule, instantiate_from_config, mean_flat
+
+logger = logging.getLogger(__name__)
 
 
 def _refuse_codebook_ids(asked: bool) -> None:
@@ -119,6 +123,7 @@ class DDPM(pl.LightningModule):
 
     Attributes:
         learning_rate: base learning rate, set by the run.
+        stops: optimiser steps after which a part is trained no more, by part.
         parts: takes batches in parts where they do not fit into memory; None takes each as a whole.
 
     Reference:
@@ -212,6 +217,8 @@ class DDPM(pl.LightningModule):
         self.use_scheduler = scheduler_config is not None
         self.unfreeze_model = unfreeze_model
         self.model_lr = model_lr
+        self.cond_lr: float | None = None
+        self.stops: dict[str, int] = {}
         self.learning_rate = 0.0
         self.parts: BatchParts | None = None
 
@@ -546,13 +553,31 @@ class DDPM(pl.LightningModule):
             parts["logvar"] = [self.logvar]  # type: ignore[list-item]
         return {name: parameters for name, parameters in parts.items() if parameters}
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Give the optimiser's parameter groups: one at ``learning_rate``, and the network's own with ``model_lr``.
+    def on_train_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Stop training what has had its optimiser steps.
 
-        Their order is that of the optimiser's state in checkpoints.
+        Without gradients the optimiser passes it over: no decay, and its state stays as it is.
+        """
+        for name, steps in self.stops.items():
+            part = getattr(self, name)
+            if self.global_step >= steps and any(parameter.requires_grad for parameter in part.parameters()):
+                part.requires_grad_(False)
+                self.train(self.training)
+                if self.global_rank == 0:
+                    logger.info("step %d: the %s is trained no more", self.global_step, PART_NAMES[name])
+
+    def describe_training(self) -> list[str]:
+        """Say what the counts of trained parameters do not: a line each."""
+        return [
+            f"the {PART_NAMES[name]} is trained for {steps:,} optimiser steps" for name, steps in self.stops.items()
+        ]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Give the optimiser's parameter groups, in the order of its state in checkpoints.
 
         Returns:
-            A mapping a group: ``params``, and ``lr`` where it is not the base learning rate.
+            A mapping a group: ``params``, and ``lr`` where it is not ``learning_rate``; see
+            :func:`~ldm.models.diffusion.trained_parts.parameter_groups`.
 
         Raises:
             ValueError: nothing is to be trained.
@@ -562,12 +587,7 @@ class DDPM(pl.LightningModule):
             raise ValueError(
                 "nothing is to train: set model.params.unfreeze_model or model.params.cond_stage_trainable to True"
             )
-        network = parts.pop("model", [])
-        rest = [parameter for group in parts.values() for parameter in group]
-        if self.model_lr is None:
-            return [{"params": network + rest}]
-        groups: list[dict[str, Any]] = [{"params": network, "lr": self.model_lr}, {"params": rest}]
-        return [group for group in groups if group["params"]]
+        return parameter_groups(parts, self.model_lr, self.cond_lr)
 
     def configure_optimizers(self) -> Any:
         """Build AdamW over the parameter groups, and the learning-rate schedule.
@@ -657,8 +677,17 @@ class LatentDiffusion(DDPM):
         conditioning_key: how conditions reach the network.
         scale_factor: factor from the first stage's latents to the network's.
         scale_by_std: take 1 / standard deviation of the first batch's latents as that factor.
+        cond_lr: the learning rate of the condition's encoder; the base learning rate if None.
+        cond_stop_after: optimiser steps after which the condition's encoder is trained no more.
+        model_stop_after: optimiser steps after which the network is trained no more.
+        cond_train_last_layers: train only that many of the encoder's last layers, with its final layer norm; all if
+            None.
+        cond_train_embeddings: train the encoder's token and position embeddings too.
         ckpt_path, ignore_keys, load_only_unet: weights to load; see :class:`DDPM`.
         **kwargs: arguments of :class:`DDPM`.
+
+    Raises:
+        ValueError: unknown or contradictory settings.
 
     Reference:
         Rombach et al. 2022, arXiv 2112.10752.
@@ -682,6 +711,11 @@ class LatentDiffusion(DDPM):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
+        cond_lr: float | None = None,
+        cond_stop_after: int | None = None,
+        model_stop_after: int | None = None,
+        cond_train_last_layers: int | None = None,
+        cond_train_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:
         if conditioning_key is None:
@@ -724,6 +758,17 @@ class LatentDiffusion(DDPM):
                 self.cond_stage_trainable = False
             if self.cond_stage_model is not None:
                 self.cond_stage_model.requires_grad_(self.cond_stage_trainable)
+        refuse_contradictions(
+            self.unfreeze_model,
+            self.cond_stage_trainable and self.cond_stage_model is not None,
+            model_stop_after,
+            cond_stop_after,
+            {"cond_lr": cond_lr, "cond_train_last_layers": cond_train_last_layers},
+        )
+        self._freeze_within_encoder(cond_train_last_layers, cond_train_embeddings)
+        self.cond_lr = cond_lr
+        stops = {"model": model_stop_after, "cond_stage_model": cond_stop_after}
+        self.stops = {name: steps for name, steps in stops.items() if steps is not None}
         if self.shorten_cond_schedule and getattr(self.cond_stage_model, "long_captions", "cut") == "chunk":
             raise ValueError(
                 "model.params: num_timesteps_cond above 1 noises the copies that long_captions: chunk makes apart; "
@@ -738,9 +783,25 @@ class LatentDiffusion(DDPM):
         """Switch what is trained between training and evaluation; what is frozen stays in evaluation."""
         super().train(mode)
         self.first_stage_model.eval()
-        if self.cond_stage_model is not None and not self.cond_stage_trainable:
-            self.cond_stage_model.eval()
+        encoder = self.cond_stage_model
+        if encoder is not None and not any(parameter.requires_grad for parameter in encoder.parameters()):
+            encoder.eval()
         return self
+
+    def _freeze_within_encoder(self, last_layers: int | None, embeddings: bool) -> None:
+        """Freeze what is not to be trained of an encoder that is."""
+        encoder: Any = self.cond_stage_model
+        if not self.cond_stage_trainable or (last_layers is None and embeddings):
+            return
+        if not hasattr(encoder, "train_last_layers"):
+            raise ValueError(
+                f"model.params: {type(encoder).__name__} has no layers to choose from; remove cond_train_last_layers "
+                "and cond_train_embeddings"
+            )
+        if last_layers is None:
+            encoder.freeze_embeddings()
+        else:
+            encoder.train_last_layers(last_layers)
 
     # --- first stage ---------------------------------------------------------------------------------------
 
@@ -1079,6 +1140,7 @@ class LatentDiffusion(DDPM):
 
         Fillers repeat other devices' pictures and are left out, unless there is nothing else.
         """
+        super().on_train_batch_start(batch, batch_idx, dataloader_idx)
         first = self.global_step == 0 and self.current_epoch == 0 and batch_idx == 0
         if not first or not isinstance(self.scale_factor, Tensor) or float(self.scale_factor) != 1.0:
             return  # a factor that is there already came with the weights

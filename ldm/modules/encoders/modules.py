@@ -196,6 +196,38 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.eval()
         self.requires_grad_(False)
 
+    def freeze_embeddings(self) -> None:
+        """Ask for no gradients of the token and position embeddings."""
+        self.transformer.text_model.embeddings.requires_grad_(False)
+
+    def train_last_layers(self, count: int) -> None:
+        """Ask for gradients of the last layers alone, and of the final layer norm where that is used.
+
+        Args:
+            count: layers, counted back from the last that the hidden states go through: ``clip_skip`` and
+                ``layer_idx`` leave some out.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        text_model = self.transformer.text_model
+        layers = list(text_model.encoder.layers)
+        if self.layer == "hidden":
+            assert self.layer_idx is not None  # _check_layer
+            used = self.layer_idx if self.layer_idx >= 0 else len(layers) + 1 + self.layer_idx
+        else:
+            used = len(layers) - self.clip_skip
+        if not 1 <= count <= used:
+            raise ValueError(
+                f"model.params.cond_train_last_layers is {count}; it must lie within 1 and {used}, the text encoder's "
+                "layers that are used"
+            )
+        self.requires_grad_(False)
+        for layer in layers[used - count : used]:
+            layer.requires_grad_(True)
+        if self.layer != "hidden":
+            text_model.final_layer_norm.requires_grad_(True)
+
     @property
     def most_caption_tokens(self) -> int:
         """Most tokens of a caption that are encoded, begin and end tokens left out; what goes beyond is cut."""
