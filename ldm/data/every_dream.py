@@ -30,7 +30,7 @@ from ldm.data.image_transform import (
     resolve_resize_mode,
     to_unit_range,
 )
-from ldm.data.items import DataGoneError, UnreadableError, blank_picture, placed, replayed, why_unreadable
+from ldm.data.items import DataGoneError, UnreadableError, blank_picture, on_one_line, placed, replayed, why_unreadable
 from ldm.data.latent_cache import LatentCache, View, resolve_mode
 from ldm.data.picture_header import PictureHeader, read_headers
 from ldm.data.repeats import Repeats, ShownFolder
@@ -543,7 +543,7 @@ def _leave_out_or_refuse(named: Sequence[tuple[str, EveryDreamBatch]], broken: M
     if fatal:
         raise ValueError("\n".join(broken_picture_lines(fatal, checked, keys)))
     for path, reason in broken.items():
-        logger.warning("skipped %s: %s", path, reason)
+        logger.warning("skipped %s: %s", on_one_line(path), reason)
     for _, dataset in named:
         dataset.leave_out(broken)
 
@@ -564,7 +564,7 @@ def broken_picture_lines(broken: Mapping[str, str], checked: int, keys: Iterable
     remedy = "repair them or move them out of the data root"
     if len(broken) < checked:
         remedy += f", or train without them by adding {' '.join(f'{key}=skip' for key in keys)} to the command"
-    return [f"{path}: {reason}" for path, reason in broken.items()] + [
+    return [f"{on_one_line(path)}: {reason}" for path, reason in broken.items()] + [
         f"{len(broken)} of {checked} pictures cannot be read: {remedy}"
     ]
 

@@ -41,6 +41,11 @@ class DataGoneError(OSError):
     remedy: ClassVar[str] = "bring it back (is its drive connected?) and type {resume}"
 
 
+def on_one_line(path: str) -> str:
+    """Write a path on one line: a name can hold the end of one, and what follows would look like another message."""
+    return "\\n".join(path.splitlines())
+
+
 def why_unreadable(path: str, error: OSError | ValueError) -> str:
     """Say in one line what has become of a picture that cannot be read during a run.
 
@@ -60,8 +65,7 @@ def why_unreadable(path: str, error: OSError | ValueError) -> str:
         raise MemoryError(str(error)) from error
     if isinstance(cause, OSError) and cause.errno in _SYSTEMS_FAULTS:
         raise error
-    # A name can hold the end of a line, and what follows would look like a message of its own.
-    shown = "\\n".join(path.splitlines())
+    shown = on_one_line(path)
     if isinstance(cause, (FileNotFoundError, NotADirectoryError)):
         return f"{shown}: has vanished since the run began"
     said = describe_damage(cause) if cause is not error or getattr(error, "errno", None) else str(error)

@@ -264,8 +264,8 @@ def newest_run(logdir: Path, name: str | None = None, postfix: str = "") -> Path
     whose = "" if name is None else f" of the name {name}{postfix}"
     found = f"none of {len(runs)} runs{whose} has a checkpoint" if runs else f"it holds no run{whose}"
     raise NoRunError(
-        f"--resume: nothing to continue in the log folder {logdir}: {found}; name a run folder, or"
-        " the log folder with -l/--logdir"
+        f"-r/--resume: nothing to continue in the log folder {logdir}: {found}; name a run folder, or"
+        " the log folder with -l/--logdir; with -r auto, --base YAML begins a run where there is none"
     )
 
 

@@ -820,7 +820,7 @@ RESUMING = [
     ),
     Fault(
         "nothing to continue",
-        "--resume…: nothing to continue in the log folder …",
+        "-r/--resume: nothing to continue in the log folder …",
         resume(run="last"),
         lambda patch: (shutil.rmtree("logs"), Path("logs").mkdir()),
         remedy="name a run folder",

@@ -409,3 +409,24 @@ def test_leaving_pictures_out_renumbers_the_exposures(shapes: str) -> None:
     assert len(dataset) == len(dataset.training_sizes(0)) == 4
     assert dataset.training_sizes(0).tolist() == [list(dataset[index]["image"].shape[1::-1]) for index in range(4)]
     assert dataset.training_sizes(0).tolist() == [[48, 80], [88, 40]] * 2
+
+
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_a_line_end_in_a_broken_picture_s_name_makes_no_message_of_its_own(
+    on_bad_image: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "root" / "folder0").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "root" / "folder0" / "good_.png")
+    (tmp_path / "root" / "folder0" / "bad\nerror: all is lost_.png").write_bytes(b"no picture")
+    dataset = EveryDreamBatch(str(tmp_path / "root"), on_bad_image=on_bad_image)
+    caplog.set_level("INFO")
+    said = caplog
+    if on_bad_image == "error":
+        with pytest.raises(ValueError, match="1 of 2 pictures") as caught:
+            check_pictures([("key", dataset)])
+        lines = str(caught.value).splitlines()
+    else:
+        check_pictures([("key", dataset)])
+        lines = said.text.splitlines()
+    assert not [line for line in lines if line.startswith("error:")]
+    assert [line for line in lines if "bad\\nerror: all is lost_.png" in line]

@@ -129,7 +129,7 @@ def test_without_a_configuration_there_must_be_a_run(command: list[str], capsys:
     assert capsys.readouterr().err.count("the log folder logs does not exist") == 2
     Path("logs").mkdir()
     assert main(["-t", "-r", "auto", "-n", "toy"]) == 2
-    assert "error: --resume: nothing to continue in the log folder logs: it holds no run of the name toy" in (
+    assert "error: -r/--resume: nothing to continue in the log folder logs: it holds no run of the name toy" in (
         capsys.readouterr().err
     )
 
