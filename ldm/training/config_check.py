@@ -18,8 +18,10 @@ from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import StrategyRegistry
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from ldm.optimizers import optimizer_problem
 from ldm.training.annotations import describe, describe_value, fits
 from ldm.training.callbacks import time_span
 from ldm.training.config_ranges import RANGES, above_zero
@@ -52,7 +54,6 @@ _MAPPINGS: Final = (
 """Sections that are mappings; an empty one counts as absent."""
 
 LATER_KEYS: Final[Mapping[str, str]] = {
-    "optimizer_config": "choosing the optimiser; this version trains with AdamW",
     "cond_lr": "a separate learning rate for the text encoder",
 }
 """Keys that a later version brings, by feature; asked only where the target does not take the key."""
@@ -384,6 +385,7 @@ class _Check:
             self.inner_sections(path, node)
             return None
         problem = None if kind is None else kind_problem(found, kind)
+        problem = optimizer_problem(found) if kind is Optimizer else problem
         if problem is not None:
             self.add(f"{path}.target", f"target {target} {problem}")
             self.inner_sections(path, node)
@@ -392,10 +394,14 @@ class _Check:
         if params is not None and not isinstance(params, dict):
             self.add(f"{path}.params", f"expected keys below it, got {describe_value(params)}")
             return found
+        accepted = accepted_parameters(found)
+        if kind is Optimizer:  # the first parameter is what it trains
+            others = list(accepted.parameters.items())[1:]
+            accepted = Accepted(dict(others), open=accepted.open)
         self.bind(
             params or {},
             f"{path}.params",
-            accepted_parameters(found),
+            accepted,
             target.rpartition(".")[2],
             all_given=not path.startswith("lightning."),
         )
@@ -511,7 +517,8 @@ def _kind_of(path: str, key: str) -> type | None:
     """Tell what a nested section's target must be; None where only whoever reads the section knows."""
     if _DATA_SET_PATH.fullmatch(path):
         return Dataset
-    return Schedule if key == "scheduler_config" else torch.nn.Module if key in _MODULE_KEYS else None
+    kinds: Mapping[str, type] = {"scheduler_config": Schedule, "optimizer_config": Optimizer}
+    return kinds.get(key, torch.nn.Module if key in _MODULE_KEYS else None)
 
 
 def _meant(value: Any, annotation: Any) -> str | None:

@@ -46,6 +46,8 @@ MOST_WORKERS: Final = 1024
 _ANY_COUNT: Final = "at least 1, or -1 for no limit"
 RANGES: Final = (
     Range("model.base_learning_rate", above_zero, "above 0, such as 1.0e-06"),
+    Range("model.params.optimizer_config.params.lr", above_zero, "above 0"),
+    Range("model.params.optimizer_config.params.weight_decay", _at_least(0), "0 (none) or more"),
     Range("model.params.timesteps", _at_least(1), "at least 1 (Stable Diffusion has 1000)"),
     Range("model.params.num_timesteps_cond", _at_least(1), "at least 1"),
     Range("model.params.channels", _at_least(1), "at least 1"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from ldm.optimizers import OptimizerStateError
 from ldm.out_of_memory import is_out_of_memory
 from ldm.training.callbacks import LastCheckpoint
 from ldm.training.console import command_word
@@ -105,6 +106,8 @@ def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) ->
             f"checkpoint {checkpoint} holds the weights alone, without the optimiser (save_weights_only: true), and"
             f" cannot be continued: name another one of the run, {instead}"
         )
+    if isinstance(error, OptimizerStateError):
+        return f"checkpoint {checkpoint} {text}, {instead}"
     if "parameter group" in text:
         return (
             f"checkpoint {checkpoint} does not fit the optimiser: which parts are trained has changed; put"

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.trainer.states import TrainerFn
 
 from ldm.checkpoint import read_checkpoint
+from ldm.optimizers import set_rate
 from ldm.training.curves import Curves
 from ldm.training.summary import limited_batches
 
@@ -129,12 +130,12 @@ def _take_rates(trainer: pl.Trainer, optimizer: Any, rates: list[float]) -> list
         if was == rate:
             continue
         # From a rate of 0 the schedule's height does not show; it sets the rate again after the first step.
-        group["lr"] = group["lr"] * rate / saved if schedules and saved else rate
-        group["initial_lr"] = rate
+        set_rate(group, "lr", group["lr"] * rate / saved if schedules and saved else rate)
+        set_rate(group, "initial_lr", rate)
         changes.append(f"{was:.3g} -> {rate:.3g}")
     if changes:
         for schedule in schedules:
-            _set_base(schedule, rates, [group["lr"] for group in optimizer.param_groups])
+            _set_base(schedule, rates, [float(group["lr"]) for group in optimizer.param_groups])
     return changes
 
 

@@ -41,6 +41,16 @@ COMES_LATER: Final[Mapping[str, str]] = {
 """Names of the lineage that this version may not have; asked only when the import has failed."""
 
 
+OPTIONAL: Final[Mapping[str, str]] = {
+    "bitsandbytes": "bitsandbytes",
+    "lion_pytorch": "lion-pytorch",
+    "prodigyopt": "prodigyopt",
+    "schedulefree": "schedulefree",
+    "torchao": "torchao",
+}
+"""Packages of optimisers, by the name that they are imported under: what pip calls them."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One key that a target's ``params:`` may hold.
@@ -223,6 +233,8 @@ def _missing_module(target: str, module_name: str, name: str) -> str:
     if target in COMES_LATER:
         return _later(target)
     parts = module_name.split(".")
+    if parts[0] in OPTIONAL and _find(parts[0]) is None:
+        return f"target {target} needs the package {parts[0]}; type: pip install {OPTIONAL[parts[0]]}"
     known = ""
     siblings: list[str] = [module.name for module in pkgutil.iter_modules()]
     for depth in range(1, len(parts) + 1):

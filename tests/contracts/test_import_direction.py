@@ -18,6 +18,7 @@ LEAVES = (
     "ldm.checkpoint",
     "ldm.diffusers_format",
     "ldm.lr_scheduler",
+    "ldm.optimizers",
 )
 
 # Module prefix -> prefixes of `ldm` that it may import. The longest matching prefix counts. Models and data sets are
@@ -36,6 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ldm.checkpoint": (),
     "ldm.diffusers_format": ("ldm.checkpoint", "ldm.util"),
     "ldm.lr_scheduler": (),
+    "ldm.optimizers": ("ldm.util",),
     "ldm": (),
 }
 

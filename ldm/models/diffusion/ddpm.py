@@ -26,6 +26,7 @@ from ldm.models.diffusion.trained_parts import PART_NAMES, parameter_groups, ref
 from ldm.models.keyed_batches import Batch, batch_exposures, count_real, loss_weights, move_draw, move_pictures
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
+from ldm.optimizers import build_optimizer, evaluate, evaluation_copies, evaluation_weights, step_context
 from ldm.util import Schedule, instantiate_from_config, mean_flat
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ class DDPM(pl.LightningModule):
         conditioning_key: how conditions reach the network.
         parameterization: ``eps``, ``x0`` or ``v``: what the network predicts.
         scheduler_config: ``{target, params}`` of a learning-rate schedule.
+        optimizer_config: ``{target, params}`` of the optimiser; AdamW if None. Without ``params.lr`` it has the run's
+            learning rate.
         learn_logvar: learn a log-variance for each timestep.
         logvar_init: its initial value.
         unfreeze_model: train the network.
@@ -181,6 +184,7 @@ class DDPM(pl.LightningModule):
         offset_noise: float = 0.0,
         input_perturbation: float = 0.0,
         zero_terminal_snr: bool = False,
+        optimizer_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if parameterization not in gaussian_diffusion.PARAMETERIZATIONS:
@@ -215,6 +219,7 @@ class DDPM(pl.LightningModule):
         self.debiased_estimation = debiased_estimation
         self.scheduler_config = scheduler_config
         self.use_scheduler = scheduler_config is not None
+        self.optimizer_config = optimizer_config
         self.unfreeze_model = unfreeze_model
         self.model_lr = model_lr
         self.cond_lr: float | None = None
@@ -526,11 +531,12 @@ class DDPM(pl.LightningModule):
     def _log_evaluation(self, batch: Batch, batch_idx: int, prefix: str) -> None:
         exposures = self._exposures(batch, batch_idx)
         step = self.shared_step if self.parts is None else self.parts.evaluate
-        _, live = step(batch, exposures)
-        averaged = live
-        if self.use_ema:
-            with self.ema_scope():
-                _, averaged = step(batch, exposures)
+        with evaluation_weights(self._optimizers()):
+            _, live = step(batch, exposures)
+            averaged = live
+            if self.use_ema:
+                with self.ema_scope():
+                    _, averaged = step(batch, exposures)
         named = {key.replace("val/", f"{prefix}/"): value for key, value in live.items()}
         named |= {key.replace("val/", f"{prefix}/") + "_ema": value for key, value in averaged.items()}
         # Fillers too are logged, with a count of 0: the devices average together, so each has to know every name.
@@ -590,18 +596,16 @@ class DDPM(pl.LightningModule):
         return parameter_groups(parts, self.model_lr, self.cond_lr)
 
     def configure_optimizers(self) -> Any:
-        """Build AdamW over the parameter groups, and the learning-rate schedule.
+        """Build the optimiser over the parameter groups, AdamW unless told otherwise, and the learning-rate schedule.
 
         Raises:
-            ValueError: nothing is to be trained.
+            ValueError: nothing is to be trained, or the optimiser cannot be had.
 
         Reference:
             Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2.
         """
-        groups = self.parameter_groups()
-        on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
-        optimizer = torch.optim.AdamW(
-            groups, lr=self.learning_rate, fused=True if on_gpu and self._may_fuse() else None
+        optimizer = build_optimizer(
+            self.optimizer_config, self.parameter_groups(), self.learning_rate, may_fuse=self._may_fuse()
         )
         if self.scheduler_config is None:
             return optimizer
@@ -613,6 +617,10 @@ class DDPM(pl.LightningModule):
         """Tell whether the fused optimiser can be used: it unscales by itself, so Lightning cannot clip before it."""
         trainer = self._trainer
         return trainer is None or trainer.precision != "16-mixed" or not trainer.gradient_clip_val
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Give the trainer's optimisers; none where there is no trainer."""
+        return [] if self._trainer is None else list(self._trainer.optimizers)
 
     def take_in_parts(self, at_once: MutableMapping[str, int], tell: Callable[[str, int, int], None]) -> None:
         """From here on take a batch that does not fit into memory in parts.
@@ -636,7 +644,8 @@ class DDPM(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take an optimiser step, free its gradients, and move the averaged weights towards the new ones."""
-        super().optimizer_step(*args, **kwargs)
+        with step_context(self._optimizers()):
+            super().optimizer_step(*args, **kwargs)
         # Lightning frees them after the next forward pass, whose activations then need room beside them.
         self.zero_grad(set_to_none=True)
         if self.parts is not None:
@@ -645,8 +654,9 @@ class DDPM(pl.LightningModule):
             self.model_ema(self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store weights under the checkpoint's own keys, also from compiled modules."""
-        checkpoint["state_dict"] = without_wrapper_prefixes(checkpoint["state_dict"])
+        """Store the weights to evaluate under the checkpoint's own keys, also from compiled modules."""
+        weights = {**checkpoint["state_dict"], **evaluation_copies(self, self._optimizers())}
+        checkpoint["state_dict"] = without_wrapper_prefixes(weights)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the keys back into the names that this module's wrappers give them."""
@@ -654,12 +664,17 @@ class DDPM(pl.LightningModule):
         wrapped = {next(iter(without_wrapper_prefixes({key: 0}))): key for key in self.state_dict(keep_vars=True)}
         checkpoint["state_dict"] = {wrapped.get(key, key): value for key, value in stored.items()}
 
+    def on_fit_end(self) -> None:
+        """Leave the model at its evaluation weights, for the test and for whoever goes on with it."""
+        evaluate(self._optimizers())
+
     @torch.no_grad()
     def log_images(
         self, batch: Batch, N: int = 8, sample: bool = True, ddim_steps: int = 40, ddim_eta: float = 1.0
     ) -> dict[str, Tensor]:
         """Make the picture rows to look at; see :func:`ldm.models.diffusion.image_rows.pixel_rows`."""
-        return image_rows.pixel_rows(self, batch, N, sample, ddim_steps, ddim_eta)
+        with evaluation_weights(self._optimizers()):
+            return image_rows.pixel_rows(self, batch, N, sample, ddim_steps, ddim_eta)
 
 
 class LatentDiffusion(DDPM):
@@ -1112,17 +1127,18 @@ class LatentDiffusion(DDPM):
         unconditional_guidance_label: str = "",
     ) -> dict[str, Tensor]:
         """Make the picture rows to look at; see :func:`ldm.models.diffusion.image_rows.latent_rows`."""
-        return image_rows.latent_rows(
-            self,
-            batch,
-            N,
-            n_row,
-            sample,
-            ddim_steps,
-            ddim_eta,
-            unconditional_guidance_scale,
-            unconditional_guidance_label,
-        )
+        with evaluation_weights(self._optimizers()):
+            return image_rows.latent_rows(
+                self,
+                batch,
+                N,
+                n_row,
+                sample,
+                ddim_steps,
+                ddim_eta,
+                unconditional_guidance_scale,
+                unconditional_guidance_label,
+            )
 
     def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Give the parameters to train by part: the network, the condition's encoder, the log-variances."""
