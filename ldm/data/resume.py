@@ -196,7 +196,7 @@ def _validation_unfinished(fit_loop: Any) -> bool:
     validation = fit_loop.epoch_loop.val_loop.batch_progress
     saved_before_validation = batches.completed < batches.processed
     done = validation.current.completed
-    # A batch counts as ready when it has been fetched: a failure to fetch one leaves no trace but that it was not the last.
+    # A batch counts as ready when it has been fetched: a failure to fetch one shows only in that it was not the last.
     finished = done > 0 and done == validation.current.ready and validation.is_last_batch
     return saved_before_validation or not finished
 

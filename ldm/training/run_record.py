@@ -171,7 +171,7 @@ class RunRecord:
             "state": state,
             "reason": reason,
             "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
+            "epoch": _complete_epochs(trainer),
             "losses": self._losses,
             "wall_seconds": _seconds_of(self._record["sessions"]),
             "checkpoints": list_checkpoints(self._directory.checkpoints),
@@ -331,6 +331,14 @@ def why_it_ended(trainer: pl.Trainer, error: BaseException | None) -> tuple[str,
     if is_out_of_time:
         return FINISHED, OUT_OF_TIME
     return FINISHED, "stopped early by a callback"
+
+
+def _complete_epochs(trainer: pl.Trainer) -> int:
+    """Count the epochs whose batches were all trained on; Lightning counts one that a limit broke off as done."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    is_broken_off = 0 < batches.current.processed and not batches.is_last_batch
+    is_counted = trainer.fit_loop.epoch_progress.current.completed == trainer.fit_loop.epoch_progress.current.ready
+    return trainer.current_epoch - (is_broken_off and is_counted)
 
 
 def list_checkpoints(folder: Path) -> list[dict[str, Any]]:

@@ -259,3 +259,17 @@ def test_a_run_that_another_process_is_training_is_left_to_it(command: list[str]
         assert main(["-t", "-r", str(folder()), "--max_epochs", "2"]) == 2
     assert f"process {process.pid} is still training this run" in capsys.readouterr().err
     assert main(["-t", "-r", str(folder()), "--max_epochs", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "complete"),
+    [
+        (["--max_epochs", "2"], 2),
+        (["--max_epochs", "9", "--max_steps", "8"], 1),
+        (["--max_epochs", "9", "--max_steps", "6"], 1),
+        (["--max_epochs", "9", "--max_steps", "4"], 0),
+    ],
+)
+def test_an_epoch_that_a_limit_breaks_off_is_not_counted(limits: list[str], complete: int, command: list[str]) -> None:
+    assert main([*command, *limits, "data.params.batch_size=2"]) == 0
+    assert record()["epoch"] == complete
