@@ -335,9 +335,10 @@ def why_it_ended(trainer: pl.Trainer, error: BaseException | None) -> tuple[str,
 
 def _complete_epochs(trainer: pl.Trainer) -> int:
     """Count the epochs whose batches were all trained on; Lightning counts one that a limit broke off as done."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress
+    fit_loop: Any = trainer.fit_loop
+    batches = fit_loop.epoch_loop.batch_progress
     is_broken_off = 0 < batches.current.processed and not batches.is_last_batch
-    is_counted = trainer.fit_loop.epoch_progress.current.completed == trainer.fit_loop.epoch_progress.current.ready
+    is_counted = fit_loop.epoch_progress.current.completed == fit_loop.epoch_progress.current.ready
     return trainer.current_epoch - (is_broken_off and is_counted)
 
 
