@@ -198,3 +198,121 @@ class EveryDreamScheduler(_Schedule):
             return _ramp(self.f_start, self.f_max, n / self.warm_up_steps)
         fraction = min(1.0, (n - self.warm_up_steps) / (self.steps_to_min - self.warm_up_steps))
         return _ramp(self.f_max, self.f_min, fraction)
+
+
+class ConstantScheduler(_Schedule):
+    """Linear warm-up, then the learning rate as it is.
+
+    Args:
+        warm_up_steps: steps of the warm-up; 0 for none.
+        f_start: multiplier at step 0 of the warm-up.
+        verbosity_interval: steps between log lines; 0 for none.
+
+    Raises:
+        ValueError: a number of steps below 0, or a multiplier below 0.
+    """
+
+    def __init__(self, warm_up_steps: int = 0, f_start: float = 0.0, verbosity_interval: int = 0) -> None:
+        super().__init__(verbosity_interval)
+        _refuse_negative(warm_up_steps=warm_up_steps, f_start=f_start)
+        self.warm_up_steps = warm_up_steps
+        self.f_start = f_start
+
+    def multiplier(self, n: int) -> float:
+        """Give the multiplier at step n."""
+        return _ramp(self.f_start, 1.0, n / self.warm_up_steps) if n < self.warm_up_steps else 1.0
+
+
+class LinearScheduler(ConstantScheduler):
+    """Linear warm-up to the learning rate, then linear decay over the rest of the run.
+
+    Args:
+        warm_up_steps: steps of the warm-up; 0 for none.
+        f_start: multiplier at step 0 of the warm-up.
+        f_min: multiplier at the end of the decay, and from there on.
+        max_decay_steps: step at which the decay ends, the warm-up counted in; the run's last if None.
+        verbosity_interval: steps between log lines; 0 for none.
+
+    Raises:
+        ValueError: a number below 0; the decay would end before the warm-up; or, when called, ``max_decay_steps`` is
+            not known.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: int = 0,
+        f_start: float = 0.0,
+        f_min: float = 0.0,
+        max_decay_steps: int | None = None,
+        verbosity_interval: int = 0,
+    ) -> None:
+        super().__init__(warm_up_steps, f_start, verbosity_interval)
+        _refuse_negative(f_min=f_min)
+        self.f_min = f_min
+        self.max_decay_steps: int | None = None
+        if max_decay_steps is not None:
+            self.end_at(max_decay_steps)
+
+    def end_at(self, max_decay_steps: int) -> None:
+        """Let the decay end at a step.
+
+        Args:
+            max_decay_steps: the step, the warm-up counted in.
+
+        Raises:
+            ValueError: the warm-up would not be over by then.
+        """
+        if max_decay_steps <= self.warm_up_steps:
+            raise ValueError(
+                f"scheduler_config: warm_up_steps {self.warm_up_steps} must be below the {max_decay_steps} optimiser "
+                "steps after which the decay ends (max_decay_steps, or else the length of the run)"
+            )
+        self.max_decay_steps = max_decay_steps
+
+    def multiplier(self, n: int) -> float:
+        """Give the multiplier at step n."""
+        if n < self.warm_up_steps:
+            return super().multiplier(n)
+        if self.max_decay_steps is None:
+            raise ValueError(
+                "scheduler_config: nothing says how long the run is; give params.max_decay_steps (optimiser steps), "
+                "or lightning.trainer.max_steps"
+            )
+        return self._decay(min(1.0, (n - self.warm_up_steps) / (self.max_decay_steps - self.warm_up_steps)))
+
+    def _decay(self, fraction: float) -> float:
+        return _ramp(1.0, self.f_min, fraction)
+
+
+class CosineScheduler(LinearScheduler):
+    """Linear warm-up to the learning rate, then half a cosine down over the rest of the run.
+
+    Its arguments are those of :class:`LinearScheduler`.
+
+    Reference:
+        Loshchilov & Hutter 2016, arXiv 1608.03983, eq. 5 (one period).
+    """
+
+    def _decay(self, fraction: float) -> float:
+        return _half_cosine(1.0, self.f_min, fraction)
+
+
+def _refuse_negative(**numbers: float) -> None:
+    """Refuse numbers below 0, by name."""
+    for name, number in numbers.items():
+        if number < 0:
+            raise ValueError(f"scheduler_config: {name} is {number}; it must be 0 or more")
+
+
+def span_run(schedule: object, total_steps: int | None) -> None:
+    """Let a decay without an end of its own last as long as the run; other schedules stay as they are.
+
+    Args:
+        schedule: any schedule.
+        total_steps: optimiser steps of the run, from its first; None where nothing limits them.
+
+    Raises:
+        ValueError: the run is over before the warm-up.
+    """
+    if isinstance(schedule, LinearScheduler) and schedule.max_decay_steps is None and total_steps is not None:
+        schedule.end_at(total_steps)

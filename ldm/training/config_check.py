@@ -53,13 +53,8 @@ _MAPPINGS: Final = (
 )
 """Sections that are mappings; an empty one counts as absent."""
 
-LATER_KEYS: Final[Mapping[str, str]] = {
-    "cond_lr": "a separate learning rate for the text encoder",
-}
-"""Keys that a later version brings, by feature; asked only where the target does not take the key."""
-
 HOMES: Final[Mapping[str, str]] = {"long_captions": "model.params.cond_stage_config.params"}
-"""Where keys belong that are easily looked for elsewhere; asked likewise."""
+"""Where keys belong that are easily looked for elsewhere; asked only where the target does not take the key."""
 
 _OBJECT_KEYS: Final[Mapping[str, str]] = {
     "callbacks": "callbacks belong under lightning.callbacks, each as NAME: {target, params}",
@@ -431,9 +426,7 @@ class _Check:
             if parameter is not None:
                 self.value(here, key, value, parameter)
             elif not accepted.open:
-                if key in LATER_KEYS:
-                    self.add(here, f"is not in this version of the trainer: it belongs to {LATER_KEYS[key]}; remove it")
-                elif key in HOMES:
+                if key in HOMES:
                     self.add(here, f"does not belong here; write {HOMES[key]}.{key}={value}")
                 else:
                     self.unknown_key(here, owner, list(accepted.parameters))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
+
+LONGEST_RUN: Final = 100_000
+"""Steps at which a schedule is looked at: of a longer run, as many, evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,31 @@ def scaled_learning_rate(
         f"{value:.3g} = {accumulate} (accumulate_grad_batches) x {devices} (devices) x {batch_size} (batch_size)"
         f" x {base:.3g} ({key})",
     )
+
+
+def describe_schedule(
+    factor: Callable[[int], float], name: str, rates: Sequence[LearningRate], total_steps: int | None
+) -> list[str]:
+    """Say what a schedule makes of the learning rates.
+
+    Args:
+        factor: optimiser step, from 0, to the multiplier of all rates.
+        name: the schedule's name.
+        rates: the rates that it multiplies.
+        total_steps: optimiser steps of the run; None where nothing limits them.
+
+    Returns:
+        A line for each rate: its arithmetic; the first, the highest, and the last where the run has one.
+    """
+    if total_steps is None:
+        return [f"{rate.arithmetic}; {name}: first {rate.value * factor(0):.3g}" for rate in rates]
+    last = max(0, total_steps - 1)
+    steps = sorted({*range(0, last, max(1, last // LONGEST_RUN)), last})
+    factors = [factor(step) for step in steps]
+    highest = max(factors)
+    peak = steps[factors.index(highest)]
+    return [
+        f"{rate.arithmetic}; {name}: first {rate.value * factors[0]:.3g}, peak {rate.value * highest:.3g} "
+        f"(step {peak:,}), last {rate.value * factors[-1]:.3g} (step {last:,})"
+        for rate in rates
+    ]

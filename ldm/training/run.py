@@ -34,7 +34,7 @@ from ldm.training.data_record import describe_data
 from ldm.training.disk import write_text
 from ldm.training.failures import TrainingError, explain
 from ldm.training.latent_caching import refuse_uncacheable
-from ldm.training.learning_rate import scaled_learning_rate
+from ldm.training.learning_rate import describe_schedule, scaled_learning_rate
 from ldm.training.loss_guard import NotFiniteError
 from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
@@ -52,6 +52,7 @@ from ldm.training.run_record import OUT_OF_TIME, RunRecord, refuse_running, why_
 from ldm.training.stop_signals import Interrupted, StopSignals
 from ldm.training.summary import (
     RunSummary,
+    StepPlan,
     describe_training_set,
     empty_limits,
     model_parts,
@@ -153,10 +154,11 @@ def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
     model, origin = _build_model(run)
     refuse_uncacheable(model, data.datasets)
     refuse_unsplittable(run.said["on_oom"], trainer, model)
-    rates = _set_learning_rates(run, trainer, model)
+    plan = _plan(run, trainer, data)
+    rates = _set_learning_rates(run, trainer, model, plan)
     if _is_warm(run):
         origin.append(describe_state(trainer, model, Path(run.said["actual_resume"])))
-    summary = _summarise(run, trainer, data, model, origin, rates)
+    summary = _summarise(run, trainer, data, model, origin, rates, plan)
     trainer = _prepare_folder(run, trainer, run_config, record)
     for line in replace(summary, run_folder=str(run.directory.path)).lines():
         logger.info("%s", line)
@@ -248,16 +250,18 @@ def _beginning(trainer: pl.Trainer) -> Beginning:
 def _build_trainer(run: Run) -> pl.Trainer:
     """Build the trainer, which also finds out whether the devices are there."""
     data_params = run.config["data"].get("params") or {}
+    params = run.config["model"].get("params") or {}
     trainer = build_trainer(
         run.config.get("lightning") or {},
         run.directory,
         run.signals,
         batch_size=data_params["batch_size"],
-        monitor=(run.config["model"].get("params") or {}).get("monitor"),
+        monitor=params.get("monitor"),
         validates=data_params.get("validation") is not None,
         on_nan=run.said["on_nan"],
         base_learning_rate=run.config["model"]["base_learning_rate"],
         on_oom=run.said["on_oom"],
+        parts_stop=any(params.get(key) is not None for key in ("cond_stop_after", "model_stop_after")),
     )
     if _is_warm(run):
         trainer.callbacks.insert(0, WarmOptimizer(Path(run.said["actual_resume"])))  # type: ignore[attr-defined]
@@ -327,8 +331,8 @@ def _build_model(run: Run) -> tuple[pl.LightningModule, list[str]]:
     return model, [source, *notes]
 
 
-def _set_learning_rates(run: Run, trainer: pl.Trainer, model: Any) -> list[str]:
-    """Give the model its learning rates, and explain them."""
+def _set_learning_rates(run: Run, trainer: pl.Trainer, model: Any, plan: StepPlan) -> list[str]:
+    """Give the model its learning rates and the run's length, which a schedule may need; explain the rates."""
     scale = bool(run.said.get("scale_lr"))
     factors = {
         "scale": scale,
@@ -338,21 +342,21 @@ def _set_learning_rates(run: Run, trainer: pl.Trainer, model: Any) -> list[str]:
     }
     rate = scaled_learning_rate(run.config["model"]["base_learning_rate"], **factors)
     model.learning_rate = rate.value
-    explained = [rate.arithmetic]
-    if getattr(model, "model_lr", None):
-        model_rate = scaled_learning_rate(model.model_lr, **factors, key="model_lr")
-        model.model_lr = model_rate.value
-        explained.append(model_rate.arithmetic)
-    return explained
+    model.total_steps = plan.total
+    rates = [rate]
+    for key in ("model_lr", "cond_lr"):
+        own = getattr(model, key, None)
+        if own:
+            rates.append(scaled_learning_rate(own, **factors, key=key))
+            setattr(model, key, rates[-1].value)
+    schedule = model.build_schedule() if hasattr(model, "build_schedule") else None
+    if schedule is None:
+        return [each.arithmetic for each in rates]
+    return describe_schedule(schedule.schedule, type(schedule).__name__, rates, plan.total)
 
 
-def _summarise(
-    run: Run, trainer: pl.Trainer, data: Any, model: pl.LightningModule, origin: Sequence[str], rates: Sequence[str]
-) -> RunSummary:
-    """Gather what the start summary states; ``origin``: where the weights come from, then notes."""
-    source, *notes = origin
-    training_set = data.datasets["train"]
-    images, repeats, left_out = describe_training_set(training_set)
+def _plan(run: Run, trainer: pl.Trainer, data: Any) -> StepPlan:
+    """Work out the steps of the run; limits that leave nothing to do are refused."""
     devices = trainer.world_size
 
     def batches(split: str) -> int:
@@ -362,11 +366,32 @@ def _summarise(
     problems = empty_limits(trainer, {split: batches(split) for split in splits})
     if problems:
         raise ValueError("\n".join(problems))
-    _warn_of_cut_captions(model, data)
+    training_set = data.datasets["train"]
     training_batches: int | Callable[[int], int] = batches("train")
     # Shards at URLs are fetched when an epoch first reaches them: to count all epochs would fetch all now.
     if getattr(training_set, "epochs_differ", False) and getattr(training_set, "known_ahead", True):
         training_batches = partial(data.steps_per_epoch, "train", devices)
+    return plan_steps(trainer, training_batches, batches("validation"))
+
+
+def _summarise(
+    run: Run,
+    trainer: pl.Trainer,
+    data: Any,
+    model: pl.LightningModule,
+    origin: Sequence[str],
+    rates: Sequence[str],
+    plan: StepPlan,
+) -> RunSummary:
+    """Gather what the start summary states; ``origin``: where the weights come from, then notes."""
+    source, *notes = origin
+    training_set = data.datasets["train"]
+    images, repeats, left_out = describe_training_set(training_set)
+    devices = trainer.world_size
+    _warn_of_cut_captions(model, data)
+    described: Any = getattr(model, "describe_training", None)
+    if described is not None:
+        notes += described()
     return RunSummary(
         run_folder=str(run.directory.path),
         weights=source,
@@ -378,7 +403,7 @@ def _summarise(
         devices=f"{devices} x {trainer.strategy.root_device.type}",
         precision=str(trainer.precision),
         learning_rates=rates,
-        plan=plan_steps(trainer, training_batches, batches("validation")),
+        plan=plan,
         parts=model_parts(model),
         seed=run.said["seed"],
         notes=notes,

@@ -37,7 +37,7 @@ HARMLESS: Final = re.compile(
     r"|data\.params\.(train|validation)\.params\.(sets\.[^.]+\.params\.)?"
     r"(data_root|shards|on_bad_image|cache_dir|shard_cache_dir|shard_cache_gib)$"
     # Read once before the run began, or the same numbers by another way.
-    r"|model\.params\.(monitor|log_every_t|ckpt_path|ignore_keys)$"
+    r"|model\.params\.(monitor|log_every_t|ckpt_path|ignore_keys|ema_device)$"
     r"|model\.params\.\w+\.params\.(use_checkpoint|ckpt_path|monitor)$"
 )
 """Settings that change neither what a run shows its model nor what that learns from it, nor what is validated."""
@@ -47,6 +47,9 @@ TRAINER_BREAKS: Final = re.compile(
     r"|limit_train_batches|overfit_batches|sync_batchnorm|plugins)\b"
 )
 """Of the trainer's settings those that are not as harmless as the others: limits, devices, logging."""
+
+LENGTHS: Final = ("lightning.trainer.max_epochs", "lightning.trainer.max_steps")
+"""What a run may be made longer by, unless its learning rates decay over its whole length."""
 
 SHARED_OUT: Final = ("data.params.batch_size", "lightning.trainer.devices", "lightning.trainer.num_nodes")
 """What says together how many pictures an optimiser step's share takes; that number counts."""
@@ -170,6 +173,7 @@ def _compare_configs(
     """Compare settings, those that are missing by their defaults."""
     before, after = (dict(leaves(plain(config))) for config in (then, now))
     _compare_batches(before, after, devices_then, devices_now, changes)
+    spans = _spans_run(then) or _spans_run(now)
     seeds = (before.get("run.seed"), after.get("run.seed"))
     for path in dict.fromkeys([*before, *after]):
         if path in SHARED_OUT or UNSAID.match(path):
@@ -182,7 +186,22 @@ def _compare_configs(
         line = f"{_name(path)} {_show(old)} -> {_show(new)}"
         is_trainers = path.startswith("lightning.trainer.")
         harmless = not TRAINER_BREAKS.match(path) if is_trainers else HARMLESS.match(path) is not None
+        if path in LENGTHS and spans:
+            harmless = False
+            line += " (the learning rates decay over the length of the run: scheduler_config has no max_decay_steps)"
         (changes.harmless if harmless else changes.breaking).append(line)
+
+
+def _spans_run(config: Mapping[str, Any]) -> bool:
+    """Tell whether a learning-rate schedule ends where the run does."""
+    node = ((config.get("model") or {}).get("params") or {}).get("scheduler_config") or {}
+    if "target" not in node or (node.get("params") or {}).get("max_decay_steps") is not None:
+        return False
+    try:
+        parameter = accepted_by(str(node["target"])).parameters.get("max_decay_steps")
+    except ValueError:
+        return False
+    return parameter is not None and not parameter.required
 
 
 def _compare_batches(

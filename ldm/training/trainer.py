@@ -63,6 +63,7 @@ def build_trainer(
     on_nan: str = "stop",
     base_learning_rate: float | None = None,
     on_oom: str = "stop",
+    parts_stop: bool = False,
 ) -> pl.Trainer:
     """Build the trainer of a run.
 
@@ -76,6 +77,7 @@ def build_trainer(
         on_nan: ``stop`` or ``skip``: what is done about a loss that is no finite number.
         base_learning_rate: the configured one.
         on_oom: ``stop`` or ``split``: what is done about a batch that does not fit into memory.
+        parts_stop: whether a part of the model is trained for some steps only: devices then expect no gradient of it.
 
     Returns:
         A trainer that has done nothing yet.
@@ -100,7 +102,7 @@ def build_trainer(
         BatchSplitting(on_oom),
         *_build_callbacks(lightning, run_directory, signals, checkpoint_io, arguments, batch_size, monitor, validates),
     ]
-    find_unused = bool(lightning.get("find_unused_parameters", False))
+    find_unused = bool(lightning.get("find_unused_parameters", False)) or parts_stop
     try:
         return pl.Trainer(**{**arguments, **_strategy(arguments, find_unused)})
     except (ImportError, MisconfigurationException) as error:
@@ -132,7 +134,7 @@ def _asks_for_several(arguments: Mapping[str, Any]) -> bool:
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    return probe.world_size > 1
+    return int(probe.world_size)
 
 
 def _build_logger(config: Mapping[str, Any] | None, run_directory: RunDirectory) -> Logger:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm import exposure
 from ldm.checkpoint import load_weights, read_weights, without_wrapper_prefixes
+from ldm.lr_scheduler import span_run
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.batch_parts import BatchParts
 from ldm.models.diffusion import ancestral, gaussian_diffusion, image_rows, loss
@@ -126,6 +127,7 @@ class DDPM(pl.LightningModule):
 
     Attributes:
         learning_rate: base learning rate, set by the run.
+        total_steps: optimiser steps of the run, set by it; None where nothing limits them.
         stops: optimiser steps after which a part is trained no more, by part.
         parts: takes batches in parts where they do not fit into memory; None takes each as a whole.
 
@@ -225,6 +227,7 @@ class DDPM(pl.LightningModule):
         self.cond_lr: float | None = None
         self.stops: dict[str, int] = {}
         self.learning_rate = 0.0
+        self.total_steps: int | None = None
         self.parts: BatchParts | None = None
 
         self.model = DiffusionWrapper(unet_config, conditioning_key)
@@ -607,11 +610,23 @@ class DDPM(pl.LightningModule):
         optimizer = build_optimizer(
             self.optimizer_config, self.parameter_groups(), self.learning_rate, may_fuse=self._may_fuse()
         )
-        if self.scheduler_config is None:
+        schedule = self.build_schedule()
+        if schedule is None:
             return optimizer
-        schedule = instantiate_from_config(self.scheduler_config, Schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule.schedule)
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
+
+    def build_schedule(self) -> Schedule | None:
+        """Build the learning-rate schedule: what multiplies the rates of all groups at each optimiser step.
+
+        Returns:
+            The schedule; None where the rates stay as they are.
+        """
+        if self.scheduler_config is None:
+            return None
+        schedule: Schedule = instantiate_from_config(self.scheduler_config, Schedule)
+        span_run(schedule, self.total_steps)
+        return schedule
 
     def _may_fuse(self) -> bool:
         """Tell whether the fused optimiser can be used: it unscales by itself, so Lightning cannot clip before it."""

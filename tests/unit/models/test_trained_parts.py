@@ -228,3 +228,18 @@ def test_gradients_are_clipped_over_all_groups_together(tmp_path: Path) -> None:
     fit(model, tmp_path, 2, gradient_clip_val=1e-3)
     assert [before > 1e-2 for before, _ in norms] == [True, True]
     assert [after for _, after in norms] == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
+def test_rates_keep_their_ratio_under_a_schedule() -> None:
+    config = {"target": "ldm.lr_scheduler.CosineScheduler", "params": {"warm_up_steps": 2, "f_start": 0.1}}
+    model = build(model_lr=4e-5, cond_lr=1e-5, scheduler_config=config)
+    model.total_steps = 8
+    (optimizer,), (schedule,) = model.configure_optimizers()
+    rates = []
+    for _ in range(8):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule["scheduler"].step()
+    assert [network / encoder for network, encoder in rates] == pytest.approx([4.0] * 8)
+    assert rates[0][0] == pytest.approx(4e-6)
+    assert rates[2][0] == pytest.approx(4e-5)

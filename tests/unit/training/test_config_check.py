@@ -330,13 +330,6 @@ def test_a_precision_that_rounds_the_weights_is_refused(check: Check, precision:
     assert all(name in problem for name in (precision, "32-true", "bf16-mixed", "16-mixed"))
 
 
-def test_a_key_of_a_later_version_is_named_as_such(check: Check) -> None:
-    assert check("model.params.cond_lr=1.0e-06") == [
-        "model.params.cond_lr: is not in this version of the trainer: it belongs to a separate learning rate for the "
-        "text encoder; remove it"
-    ]
-
-
 def test_a_key_of_another_section_is_sent_there(check: Check) -> None:
     assert check("data.params.train.params.long_captions=chunk") == [
         "data.params.train.params.long_captions: does not belong here; write "
