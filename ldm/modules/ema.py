@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +19,40 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 class LitEma(nn.Module):
     """Shadow copy of a model's trainable parameters.
 
-    Each is a buffer named as the parameter with the dots removed, beside ``decay`` and ``num_updates``.
+    Each is a buffer named as the parameter with the dots removed, beside ``decay`` and ``num_updates``. In the host's
+    memory the shadow takes no room on the GPU; each move then copies the parameters there, and each time that it is
+    swapped in the shadow is copied back, so it is worth moving it more rarely.
 
     Args:
         model: the model to follow; parameters that need no gradient are left out.
         decay: weight of the past, within 0 and 1.
         use_num_updates: warm up: use min(decay, (1 + n) / (10 + n)) at the n-th update.
+        every: updates for which the shadow is moved once, by as much as by the decays of all of them: the average
+            forgets as fast as with 1.
+        on_cpu: keep the shadow in the host's memory, wherever the model is.
 
     Raises:
-        ValueError: decay out of range.
+        ValueError: decay out of range, or ``every`` below 1, or above 1 with updates that are not counted.
     """
 
     decay: Tensor
     num_updates: Tensor
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_updates: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.9999,
+        use_num_updates: bool = True,
+        every: int = 1,
+        on_cpu: bool = False,
+    ) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"the EMA decay is {decay}; it must lie within 0 and 1")
+        if every < 1 or (every > 1 and not use_num_updates):
+            raise ValueError(f"the EMA moves every {every} updates; give 1 or more, and 1 where they are not counted")
+        self.every = every
+        self.on_cpu = on_cpu
         self.m_name2s_name = {
             name: name.replace(".", "") for name, parameter in _parameters(model).items() if parameter.requires_grad
         }
@@ -44,19 +62,36 @@ class LitEma(nn.Module):
         for name, shadow_name in self.m_name2s_name.items():
             self.register_buffer(shadow_name, parameters[name].detach().clone())
         self.collected_params: list[Tensor] = []
+        if on_cpu:
+            self.to("cpu")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LitEma:
+        """Move and convert as asked, but leave what is to stay in the host's memory there."""
+        return super()._apply(lambda tensor: _in_host_memory(fn(tensor)) if self.on_cpu else fn(tensor), recurse)
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Move the shadow towards the model: shadow -= (1 - decay) * (shadow - parameter)."""
-        decay = self.decay
+        """Count an update, and move the shadow: shadow -= (1 - decay) * (shadow - parameter)."""
+        decay: Tensor | float = self.decay
         if self.num_updates >= 0:
             self.num_updates += 1
-            decay = torch.minimum(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+            if self.every == 1:
+                decay = torch.minimum(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+            else:
+                updates = int(self.num_updates)
+                if updates % self.every:
+                    return
+                decay = self._decay_over(range(updates - self.every + 1, updates + 1))
         parameters = _parameters(model)
         shadows = dict(self.named_buffers())
         for name, shadow_name in self.m_name2s_name.items():
             shadow = shadows[shadow_name]
-            shadow.sub_((1.0 - decay) * (shadow - parameters[name]))
+            shadow.sub_((1.0 - decay) * (shadow - parameters[name].to(shadow.device)))
+
+    def _decay_over(self, updates: Iterable[int]) -> float:
+        """Give the weight of the past after updates with these numbers, counted from 1."""
+        decay = float(self.decay)
+        return math.prod(min(decay, (1 + n) / (10 + n)) for n in updates)
 
     @torch.no_grad()
     def reset(self, model: nn.Module) -> None:
@@ -76,7 +111,10 @@ class LitEma(nn.Module):
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
         """Give a model the averages for the time of a ``with`` block, and its own weights back after it."""
-        live = [parameter.detach().clone() for parameter in model.parameters()]
+        live = [
+            parameter.detach().to("cpu", copy=True) if self.on_cpu else parameter.detach().clone()
+            for parameter in model.parameters()
+        ]
         self.copy_to(model)
         try:
             yield
@@ -95,3 +133,8 @@ class LitEma(nn.Module):
         for kept, parameter in zip(self.collected_params, parameters, strict=True):
             parameter.copy_(kept)
         self.collected_params = []
+
+
+def _in_host_memory(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU, unless it has no memory at all."""
+    return tensor if tensor.is_meta else tensor.cpu()

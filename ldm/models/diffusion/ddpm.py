@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -97,6 +97,8 @@ class DDPM(pl.LightningModule):
         load_only_unet: load only the network's weights from it.
         monitor: metric that checkpoints are chosen by.
         use_ema: keep a moving average of the network's weights.
+        ema_device: ``cpu`` keeps it in the host's memory; None beside the network.
+        ema_every: optimiser steps for which it is moved once; see :class:`~ldm.modules.ema.LitEma`.
         first_stage_key: name of the pictures in a batch.
         image_size: height and width of a sample, in pixels (latent cells for latent diffusion).
         channels: channels of a sample.
@@ -186,6 +188,8 @@ class DDPM(pl.LightningModule):
         offset_noise: float = 0.0,
         input_perturbation: float = 0.0,
         zero_terminal_snr: bool = False,
+        ema_device: Literal["cpu"] | None = None,
+        ema_every: int = 1,
         optimizer_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -233,7 +237,9 @@ class DDPM(pl.LightningModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
         if use_ema:
-            self.model_ema = LitEma(self.model)
+            self.model_ema = LitEma(self.model, every=ema_every, on_cpu=ema_device == "cpu")
+            # Devices need not tell each other averages of the same weights, nor could NCCL send what is not on a GPU.
+            self._ddp_params_and_buffers_to_ignore = [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
@@ -577,9 +583,14 @@ class DDPM(pl.LightningModule):
 
     def describe_training(self) -> list[str]:
         """Say what the counts of trained parameters do not: a line each."""
-        return [
+        lines = [
             f"the {PART_NAMES[name]} is trained for {steps:,} optimiser steps" for name, steps in self.stops.items()
         ]
+        if self.use_ema and (self.model_ema.on_cpu or self.model_ema.every > 1):
+            place = "in the host's memory" if self.model_ema.on_cpu else "beside the UNet"
+            every = self.model_ema.every
+            lines.append(f"moving average: {place}, moved every {f'{every} optimiser steps' if every > 1 else 'step'}")
+        return lines
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the optimiser's parameter groups, in the order of its state in checkpoints.
