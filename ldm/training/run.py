@@ -464,12 +464,14 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
     if run.checkpoint is not None and not begin.has_begun:
         if trainer.is_global_zero:
             remove_leftovers(run.directory.checkpoints)
+        checkpoint_io: Any = trainer.strategy.checkpoint_io
         if trainer.is_global_zero and not run.directory.last_checkpoint.exists():
             # Killed between its last checkpoint and that one's second name.
-            trainer.strategy.checkpoint_io.duplicate(run.checkpoint, run.directory.last_checkpoint)  # type: ignore[attr-defined]
+            checkpoint_io.duplicate(run.checkpoint, run.directory.last_checkpoint)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, NewestCheckpoints):
                 callback.take_up(trainer, run.checkpoint, is_end=True)
+        checkpoint_io.finish()
         logger.warning(
             "nothing is left to train: %s is at the end of its run (step %d); raise %s to go on",
             run.checkpoint,
