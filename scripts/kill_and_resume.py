@@ -686,6 +686,7 @@ def prove(folder: Path, options: argparse.Namespace) -> int:
     kills: list[Kill] = []
     problems: list[str] = []
     differences: dict[str, float] = {}
+    surplus = 0
     for number, setting in enumerate(itertools.cycle(settings()), start=1):
         if len(kills) >= options.kills or len(problems) >= MOST_PROBLEMS:
             break
@@ -701,6 +702,7 @@ def prove(folder: Path, options: argparse.Namespace) -> int:
                 enough = len(run.kills) >= MOST_KILLS_OF_A_RUN or len(kills) + len(run.kills) >= options.kills
                 ended = run.train(None if enough else aim.next([*kills, *run.kills], seconds))
             results = compare_killed(whole, run)
+            surplus += len(left_over(whole, run.folder))
             for result in results:
                 differences[result.what] = max(differences.get(result.what, 0.0), result.difference)
             wrong = [f"{result.what}: {result.problem}" for result in results if not result.is_same]
@@ -715,6 +717,7 @@ def prove(folder: Path, options: argparse.Namespace) -> int:
         print(f"run {number} ({setting}): {len(run.kills)} kills, {inside} inside a save: {verdict}", flush=True)
     for line in describe(kills, time.monotonic() - began):
         print(line)
+    print(f"checkpoints that a kill kept from being deleted: {surplus}")
     if problems:
         print("\n" + "\n".join(problems))
         print("\nNot every run equals its unbroken one.")
@@ -731,7 +734,10 @@ def compare_killed(unbroken: Path, killed: KilledRun) -> list[Result]:
         unbroken: the folder of that.
         killed: the other one, at its end.
     """
-    results = [*compare_runs(unbroken, killed.folder), compare_checkpoints(unbroken, killed.folder)]
+    found = [name for name in _names(killed.folder) if name not in left_over(unbroken, killed.folder)]
+    names = compare("checkpoint names", _names(unbroken), found)
+    results = [result for result in compare_runs(unbroken, killed.folder) if result.what != names.what]
+    results += [names, compare_checkpoints(unbroken, killed.folder)]
     if not killed.had_ended:
         return results
     # Killed after its last step, it had nothing left to do: its file still calls the epoch that max_steps cut off
@@ -746,14 +752,30 @@ def compare_checkpoints(unbroken: Path, killed: Path) -> Result:
 
     Args:
         unbroken: the run folder of the one.
-        killed: that of the other.
+        killed: that of the other; what it holds beyond the one's is passed over, see :func:`left_over`.
     """
     contents: list[dict[str, Any]] = []
     for run in (unbroken, killed):
-        files = sorted(path for path in (run / "checkpoints").glob("*.ckpt") if path.name != LAST_CHECKPOINT)
-        read = {path.name: read_checkpoint(path) for path in files}
+        files = [unbroken / "checkpoints" / name for name in _names(unbroken) if name != LAST_CHECKPOINT]
+        read = {path.name: read_checkpoint(run / "checkpoints" / path.name) for path in files}
         contents.append({name: {key: content[key] for key in COMPARED} for name, content in read.items()})
     return compare("earlier checkpoints", *contents)
+
+
+def left_over(unbroken: Path, killed: Path) -> list[str]:
+    """Name the checkpoints that a run was killed before it could delete.
+
+    A run that goes on from the checkpoint after it does not know of it, and deletes nothing that it does not know.
+
+    Args:
+        unbroken: the run folder of the unbroken run.
+        killed: that of the killed one.
+    """
+    return [name for name in _names(killed) if name.endswith(".ckpt") and name not in _names(unbroken)]
+
+
+def _names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 def describe(kills: Sequence[Kill], seconds: float) -> list[str]:
