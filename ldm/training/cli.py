@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import os
 import re
 import textwrap
@@ -44,11 +45,6 @@ NAMING_FLAGS: Final[Mapping[str, str]] = {
 }
 """Flags that say where a new run's folder goes and what it is called, beside ``--name``."""
 
-LATER_FLAGS: Final[Mapping[str, str]] = {
-    "--memory_plan": "predicting memory before training",
-}
-"""Flags that a later version brings, and the feature that each belongs to."""
-
 
 @dataclass(frozen=True)
 class Options:
@@ -82,6 +78,7 @@ class Options:
         data_root: folder of subfolders of pictures.
         gpus: numbers of GPUs such as ``0,``; None where the flag was not given.
         print_config: whether to show the merged config and end.
+        memory_plan: GB of a card to predict the need of memory for, and end; 0: this machine's GPU; None: train.
         trainer_args: arguments for Lightning's Trainer that were given.
         overrides: ``key.path=value`` words, in order.
         given: names of the fields above that the command line named.
@@ -109,6 +106,7 @@ class Options:
     data_root: str | None = None
     gpus: str | None = None
     print_config: bool = False
+    memory_plan: float | None = None
     trainer_args: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     given: frozenset[str] = frozenset()
@@ -198,7 +196,7 @@ def _check_together(fields: dict[str, Any], problems: list[str]) -> None:
             "no config was given: add --base configs/stable-diffusion/v1-finetune_everydream.yaml "
             "(or your own copy), or -r RUN_FOLDER to continue a run"
         )
-    if not fields.get("train") and not fields.get("print_config"):
+    if not fields.get("train") and not fields.get("print_config") and "memory_plan" not in fields:
         problems.append("nothing was asked for: add -t to train, or --print_config to see the merged config")
 
 
@@ -293,8 +291,6 @@ class _Words:
 
     def _unknown(self, flag: str) -> str:
         """Answer a flag that does not exist."""
-        if flag in LATER_FLAGS:
-            return f"flag {flag} is not in this version of the trainer: it belongs to {LATER_FLAGS[flag]}"
         if not flag.startswith("--") and f"-{flag}" in self.flags:
             return f"unknown flag {flag}; long flags have two dashes: did you mean -{flag}?"
         if not flag.startswith("--") and flag[:2] in self.flags:
@@ -338,6 +334,13 @@ def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _whole_number(text: str) -> int:
     return int(parse_text(text, int))
+
+
+def _gigabytes(text: str) -> float:
+    size = float(parse_text(text, float))
+    if not 0 < size < math.inf:
+        raise ValueError(f"--memory_plan {text}: give the card's memory in GB, such as 24")
+    return size
 
 
 def _trainer_reader(name: str, annotation: Any) -> Callable[[str], Any]:
@@ -433,6 +436,16 @@ def _build_parser() -> tuple[_Parser, dict[str, argparse.Action]]:
         "for none, the CPU",
     )
     add_boolean(what, "--print_config", help="show the merged config with the origin of each value, and end")
+    add(
+        what,
+        "--memory_plan",
+        nargs="?",
+        const=0.0,
+        type=_reader(_gigabytes),
+        metavar="GB",
+        help="predict how much GPU memory training needs, and the largest batch for this machine's GPU, or for a card "
+        "of so many GB; and end",
+    )
     add(what, "-h", "--help", action="help", help="show this text and end")
 
     where = parser.add_argument_group("the run and its folder, LOGDIR/<data folder><date>_NAME")

@@ -88,8 +88,8 @@ def load_run_config(options: Options) -> RunConfig:
     problems += check_config(config, options.train)
     if options.train:
         missing = check_machine(config, resuming=options.resume is not None)
-        # To look at a config is no reason to have its GPU and its pictures at hand.
-        (notices if options.print_config else problems).extend(missing)
+        # To look at a config, or plan with it, is no reason to have its GPU and its pictures at hand.
+        (notices if options.print_config or options.memory_plan is not None else problems).extend(missing)
     if problems:
         raise ValueError("\n".join(problems))
     sources = {path: config.source(path) for path, _ in leaves(config.tree)}

@@ -36,6 +36,7 @@ from ldm.training.failures import TrainingError, explain
 from ldm.training.latent_caching import refuse_uncacheable
 from ldm.training.learning_rate import describe_schedule, scaled_learning_rate
 from ldm.training.loss_guard import NotFiniteError
+from ldm.training.memory_plan import plan_memory, planned_devices
 from ldm.training.own_optimisation import leave_to_model
 from ldm.training.resumption import warn_of_going_back
 from ldm.training.run_changes import Changes, find_changes, question
@@ -145,6 +146,11 @@ def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
         logger.info("note: %s", notice)
     config: dict[str, Any] = OmegaConf.to_container(run_config.config, resolve=True)  # type: ignore[assignment]
     run = Run(config, *_choose_directory(options, config["run"]), signals)
+    if options.memory_plan is not None:
+        pl.seed_everything(run.said["seed"], workers=True, verbose=False)
+        for line in plan_memory(config, _build_data(run).datasets["train"]).lines(planned_devices(options.memory_plan)):
+            logger.info("%s", line)
+        return
     run.directory.check_writable()
     pl.seed_everything(run.said["seed"], workers=True, verbose=False)
 
@@ -158,6 +164,8 @@ def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
     rates = _set_learning_rates(run, trainer, model, plan)
     if _is_warm(run):
         origin.append(describe_state(trainer, model, Path(run.said["actual_resume"])))
+    if trainer.strategy.root_device.type == "cuda":
+        origin.append(f"GPU memory: {_foresee_memory(run, trainer, data)}")
     summary = _summarise(run, trainer, data, model, origin, rates, plan)
     trainer = _prepare_folder(run, trainer, run_config, record)
     for line in replace(summary, run_folder=str(run.directory.path)).lines():
@@ -411,6 +419,14 @@ def _summarise(
         exposures=shown_per_epoch(training_set),
         shapes=training_shapes(training_set),
     )
+
+
+def _foresee_memory(run: Run, trainer: pl.Trainer, data: Any) -> str:
+    """Predict the run's need of GPU memory, in one line."""
+    try:
+        return f"{plan_memory(run.config, data.datasets['train'], trainer.world_size).line()} (predicted)"
+    except Exception as error:  # noqa: BLE001 - what cannot be foreseen is no reason not to try
+        return f"not predicted ({shorten(f'{type(error).__name__}: {error}', NAMED_CHARACTERS, placeholder='…')})"
 
 
 def _warn_of_cut_captions(model: Any, data: Any) -> None:

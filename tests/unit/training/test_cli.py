@@ -179,8 +179,8 @@ def test_resume_from_checkpoint_is_read_as_resume() -> None:
     assert parse_options(["-t", "--resume_from_checkpoint", "logs/run"]).resume == "logs/run"
 
 
-def test_a_flag_of_a_later_version_is_named_as_such() -> None:
-    assert "is not in this version of the trainer" in problems(*BASE, "--memory_plan")[0]
+def test_a_card_to_plan_for_has_a_size() -> None:
+    assert "give the card's memory in GB" in problems(*BASE, "--memory_plan", "-3")[0]
 
 
 def test_callbacks_cannot_be_given_on_the_command_line() -> None:
