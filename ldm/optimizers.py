@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ldm.util import get_obj_from_str, kind_problem
@@ -332,8 +333,8 @@ def _numbered(
 
 
 def _plain(value: Any) -> Any:
-    """Take a tensor of a library's own class apart, by the protocol that torch has for them."""
-    if not isinstance(value, Tensor) or type(value) in (Tensor, nn.Parameter):
+    """Take a tensor of a library's own class apart, by the protocol that torch has for them; not a shared one."""
+    if not isinstance(value, Tensor) or type(value) in (Tensor, nn.Parameter, DTensor):
         return value
     return {name: _as_bytes(part) for name, part in _parts(value).items()}
 

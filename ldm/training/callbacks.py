@@ -20,6 +20,7 @@ from ldm.checkpoint import read_checkpoint
 from ldm.training.checkpoint_io import CheckpointWriteError, StreamingCheckpointIO, file_size
 from ldm.training.loss_guard import NotFiniteError
 from ldm.training.run_directory import LAST_CHECKPOINT
+from ldm.training.sharding import weights_are_finite
 from ldm.training.stop_signals import NOTHING, Interrupted, StopSignals, stop_of
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
         """Save, and delete what that replaces, unless the weights are good for nothing."""
-        if _weights_are_finite(trainer.lightning_module):
+        if weights_are_finite(trainer, trainer.lightning_module):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
         elif trainer.is_global_zero:
             logger.error("step %d is not saved: %s", trainer.global_step, NOT_FINITE)
@@ -553,7 +554,7 @@ class LastCheckpoint(Checkpoint):
         now = (trainer.global_step, epochs.processed, batches.processed)
         if self._saved == now or self._broken_off_at == trainer.global_step:
             return True
-        if not _weights_are_finite(trainer.lightning_module):
+        if not weights_are_finite(trainer, trainer.lightning_module):
             if trainer.is_global_zero:
                 logger.error("%s stays as it was: %s", self.path, NOT_FINITE)
             return False
@@ -678,11 +679,6 @@ def _step_of(path: Path) -> int | None:
     except (ValueError, OSError):
         return None
     return step if isinstance(step, int) else None
-
-
-def _weights_are_finite(module: torch.nn.Module) -> bool:
-    """Tell whether training has not blown up."""
-    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _checkpoint_size(trainer: pl.Trainer) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.training.batches import batch_captions, batch_length, readable_rows
 from ldm.training.disk import Disk
 from ldm.training.image_sheet import grid, image_to_tensor, overview, to_pixels
+from ldm.training.sharding import ShardedStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -149,13 +150,22 @@ class ImageLogger(pl.Callback):
         """
         log_images = getattr(pl_module, "log_images", None)
         batch = readable_rows(batch)
-        if self.disabled or batch is None or not callable(log_images) or not trainer.is_global_zero:
+        if self.disabled or not callable(log_images):
+            return
+        # A network that is shared out computes in all processes or in none.
+        is_shared = isinstance(trainer.strategy, ShardedStrategy)
+        has_pictures = batch is not None
+        if is_shared:
+            has_pictures = trainer.strategy.reduce_boolean_decision(has_pictures)
+        if batch is None or not has_pictures or not (is_shared or trainer.is_global_zero):
             return
         count = min(self.max_images, batch_length(batch))
         try:
             with undisturbed(trainer, pl_module):
                 images = log_images(batch, **self._arguments(log_images, count, split))
         except torch.OutOfMemoryError:
+            if is_shared:
+                raise  # the other processes are still computing
             logger.warning(
                 "no sample pictures from step %d on: out of memory (lower image_logger max_images %d,"
                 " or data.params.batch_size)",
@@ -163,6 +173,8 @@ class ImageLogger(pl.Callback):
                 self.max_images,
             )
             self.disabled = True
+            return
+        if not trainer.is_global_zero:
             return
         captions = batch_captions(batch)
         try:

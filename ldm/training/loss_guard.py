@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.training.console import command_word
+from ldm.training.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ def _judge(losses: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=losses.device)
+    norm = whole(torch.nn.utils.get_total_norm(gradients)) if gradients else torch.zeros((), device=losses.device)
     finite = torch.stack([torch.isfinite(losses).all(), torch.isfinite(norm.to(losses.device))])
     return (~finite).float()
 

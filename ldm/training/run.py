@@ -28,13 +28,14 @@ from ldm.training.batch_splitting import refuse_unsplittable
 from ldm.training.callbacks import Beginning, NewestCheckpoints
 from ldm.training.checkpoint_io import CheckpointWriteError, remove_leftovers
 from ldm.training.cli import Options, parse_options
+from ldm.training.company import Company, OtherDeviceError
 from ldm.training.config import RunConfig, format_config, load_run_config, said_of_run
 from ldm.training.console import command_word, console, harmless
 from ldm.training.data_record import describe_data
 from ldm.training.disk import write_text
 from ldm.training.failures import TrainingError, explain
 from ldm.training.latent_caching import refuse_uncacheable
-from ldm.training.learning_rate import describe_schedule, scaled_learning_rate
+from ldm.training.learning_rate import describe_schedule, optimizers_own_rate, scaled_learning_rate
 from ldm.training.loss_guard import NotFiniteError
 from ldm.training.memory_plan import plan_memory, planned_devices
 from ldm.training.own_optimisation import leave_to_model
@@ -50,6 +51,7 @@ from ldm.training.run_directory import (
     newest_run,
 )
 from ldm.training.run_record import OUT_OF_TIME, RunRecord, refuse_running, why_it_ended
+from ldm.training.sharding import refuse_unshardable
 from ldm.training.stop_signals import Interrupted, StopSignals
 from ldm.training.summary import (
     RunSummary,
@@ -71,6 +73,8 @@ logger = logging.getLogger(__name__)
 DONE: Final = 0
 FAILED: Final = 1
 USER_ERROR: Final = 2
+
+USER_ERRORS: Final = (ValueError, OSError, MisconfigurationException, MemoryError)
 
 NAMED_CAPTIONS: Final = 5
 """How many captions that are cut the warning names."""
@@ -127,6 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Interrupted as stop:
                 logger.warning("%s", stop)
                 return stop.exit_code
+            except OtherDeviceError as other:
+                if not other.has_said:
+                    _write_error(f"error: {other}\n")
+                return other.status
             except Exception as error:  # noqa: BLE001 - the one place that decides how a failure is shown
                 return _report(error, options.debug)
     except Interrupted as stop:  # once more, while that was being said
@@ -160,6 +168,7 @@ def _run(options: Options, signals: StopSignals, words: Sequence[str]) -> None:
     model, origin = _build_model(run)
     refuse_uncacheable(model, data.datasets)
     refuse_unsplittable(run.said["on_oom"], trainer, model)
+    refuse_unshardable(trainer, model)
     plan = _plan(run, trainer, data)
     rates = _set_learning_rates(run, trainer, model, plan)
     if _is_warm(run):
@@ -255,6 +264,23 @@ def _beginning(trainer: pl.Trainer) -> Beginning:
     return next(callback for callback in trainer.callbacks if isinstance(callback, Beginning))  # type: ignore[attr-defined]
 
 
+def _company(trainer: pl.Trainer) -> Company:
+    """Find the callback that watches over the other devices' processes."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Company))  # type: ignore[attr-defined]
+
+
+def _raise_failure_of_others(trainer: pl.Trainer, error: Exception) -> None:
+    """Raise another process's failure in the place of what it has caused in this one."""
+    failure = _company(trainer).blame(error)
+    if failure is not None:
+        raise failure from error
+
+
+def _exit_status(error: Exception) -> int:
+    """Tell what is the user's to put right from what is not."""
+    return USER_ERROR if isinstance(error, USER_ERRORS) else FAILED
+
+
 def _build_trainer(run: Run) -> pl.Trainer:
     """Build the trainer, which also finds out whether the devices are there."""
     data_params = run.config["data"].get("params") or {}
@@ -348,7 +374,8 @@ def _set_learning_rates(run: Run, trainer: pl.Trainer, model: Any, plan: StepPla
         "devices": trainer.world_size,
         "batch_size": run.config["data"]["params"]["batch_size"],
     }
-    rate = scaled_learning_rate(run.config["model"]["base_learning_rate"], **factors)
+    rate = optimizers_own_rate(run.config["model"].get("params") or {})
+    rate = rate or scaled_learning_rate(run.config["model"]["base_learning_rate"], **factors)
     model.learning_rate = rate.value
     model.total_steps = plan.total
     rates = [rate]
@@ -473,7 +500,9 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
             raise Interrupted(run.signals.requested) from error
         if begin.has_begun and not isinstance(error, NotFiniteError):  # whose line holds a command of its own
             _say_how_to_continue(run)
+        _raise_failure_of_others(trainer, error)
         explained = explain(error, trainer, run.config, run.checkpoint, begin.has_begun)
+        _company(trainer).tell(_exit_status(explained))
         if explained is error:
             raise
         raise explained from error
@@ -510,7 +539,9 @@ def _test(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -
     try:
         measured = trainer.test(model, datamodule=data, verbose=False)
     except Exception as error:
+        _raise_failure_of_others(trainer, error)
         explained = explain(error, trainer, run.config, run.checkpoint, has_begun=True)
+        _company(trainer).tell(_exit_status(explained))
         if explained is error or isinstance(explained, TrainingError):
             raise
         raise explained from error
@@ -546,16 +577,18 @@ def _report(error: Exception, debug: bool = False) -> int:
         first = said.partition("\n")[0][:NAMED_CHARACTERS] or type(error).__name__
         said = f"out of memory before training: close other programs, or use a computer with more memory ({first})"
         error = MemoryError(said).with_traceback(error.__traceback__)
-    is_user_error = isinstance(error, (ValueError, OSError, MisconfigurationException, MemoryError))
+    is_user_error = isinstance(error, USER_ERRORS)
     if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and error.strerror:
         said = f"{os.fsdecode(error.filename)}: {error.strerror}"
     real = error.__cause__ if isinstance(error, TrainingError) and error.__cause__ is not None else error
+    rank = getattr(rank_zero_only, "rank", 0)
+    place = f"device {rank}: " if rank else ""
     if debug or not is_user_error:
         _write_error("".join(traceback.format_exception(real)))
     if is_user_error:
-        _write_error("".join(f"error: {line}\n" for line in said.splitlines() if line.strip()))
+        _write_error("".join(f"error: {place}{line}\n" for line in said.splitlines() if line.strip()))
     else:
-        _write_error(f"error: {error if error is not real else f'{type(real).__name__}: {real}'}\n")
+        _write_error(f"error: {place}{error if error is not real else f'{type(real).__name__}: {real}'}\n")
     if debug and sys.stdin is not None and sys.stdin.isatty():
         pdb.post_mortem(real.__traceback__)
     return USER_ERROR if is_user_error else FAILED

@@ -23,12 +23,14 @@ from ldm.training.callbacks import (
     model_checkpoint_params,
 )
 from ldm.training.checkpoint_io import StreamingCheckpointIO
+from ldm.training.company import Company
 from ldm.training.curves import Curves
 from ldm.training.latent_caching import LatentCaching
 from ldm.training.loss_guard import LossGuard
 from ldm.training.progress import RunProgress
 from ldm.training.resumption import Resumption
 from ldm.training.run_directory import CURVES, RunDirectory
+from ldm.training.sharding import FSDP, ShardedStrategy, refuse_precision
 from ldm.training.stop_signals import StopSignals
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -98,6 +100,7 @@ def build_trainer(
         logger=_build_logger(lightning.get("logger"), run_directory) if _wants_logger(arguments) else False,
     )
     arguments["callbacks"] = [
+        Company(),
         LossGuard(on_nan, base_learning_rate),
         BatchSplitting(on_oom),
         *_build_callbacks(lightning, run_directory, signals, checkpoint_io, arguments, batch_size, monitor, validates),
@@ -111,10 +114,13 @@ def build_trainer(
 
 
 def _strategy(arguments: Mapping[str, Any], find_unused_parameters: bool) -> dict[str, Any]:
-    """Choose DDP with its setting where several devices are asked for and nothing else is said."""
+    """Choose FSDP where that is asked for, and DDP with its setting where several devices are and nothing is said."""
+    if arguments.get("strategy") == FSDP:
+        refuse_precision(arguments.get("precision"))
+        return {"strategy": ShardedStrategy(_world_size(arguments))}
     if arguments.get("strategy", "auto") not in ("auto", "ddp"):
         return {}
-    if arguments.get("strategy") != "ddp" and not _asks_for_several(arguments):
+    if arguments.get("strategy") != "ddp" and _world_size(arguments) == 1:
         return {}
     return {"strategy": DDPStrategy(find_unused_parameters=find_unused_parameters)}
 
@@ -124,8 +130,8 @@ def _wants_logger(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("logger", True)) and not arguments.get("barebones")
 
 
-def _asks_for_several(arguments: Mapping[str, Any]) -> bool:
-    """Tell whether more than one device or node is asked for."""
+def _world_size(arguments: Mapping[str, Any]) -> int:
+    """Give how many devices are asked for, over all nodes."""
     probe = pl.Trainer(
         accelerator=arguments.get("accelerator", "auto"),
         devices=arguments.get("devices", "auto"),

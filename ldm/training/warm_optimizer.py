@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from ldm.checkpoint import read_checkpoint
+from ldm.optimizers import KIND, counts_in_groups, kind_of, kind_of_state
+from ldm.training.sharding import shared_like
 
 ADAM_STATE: Final = ("step", "exp_avg", "exp_avg_sq")
 
@@ -170,7 +172,8 @@ def _misfit(state: Mapping[str, Any], parameter: nn.Parameter, optimizer: Optimi
 
 def _own(value: Any, parameter: nn.Parameter) -> Any:
     """Copy what would stay a part of the file; what goes to another device is copied on its way."""
-    return value.clone() if isinstance(value, Tensor) and parameter.device.type == "cpu" else value
+    own = value.clone() if isinstance(value, Tensor) and parameter.device.type == "cpu" else value
+    return shared_like(own, parameter)
 
 
 def _optimizers(configured: Any) -> list[Optimizer]:

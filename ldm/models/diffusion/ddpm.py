@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from einops import rearrange
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from ldm import exposure
@@ -20,7 +21,7 @@ from ldm.checkpoint import load_weights, read_weights, without_wrapper_prefixes
 from ldm.lr_scheduler import span_run
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.batch_parts import BatchParts
-from ldm.models.diffusion import ancestral, gaussian_diffusion, image_rows, loss
+from ldm.models.diffusion import ancestral, gaussian_diffusion, image_rows, loss, sharding
 from ldm.models.diffusion.conditioning import CONDITIONING_KEYS, Condition, as_arguments
 from ldm.models.diffusion.noise_schedule import build_noise_schedule, condition_timesteps
 from ldm.models.diffusion.trained_parts import PART_NAMES, parameter_groups, refuse_contradictions
@@ -647,6 +648,22 @@ class DDPM(pl.LightningModule):
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Give the trainer's optimisers; none where there is no trainer."""
         return [] if self._trainer is None else list(self._trainer.optimizers)
+
+    def shared_blocks(self) -> list[nn.Module]:
+        """Give what is trained as blocks that FSDP shares out over the devices, inner ones before outer ones."""
+        blocks = sharding.network_blocks(self.model.diffusion_model) if sharding.is_trained(self.model) else []
+        encoder = self.cond_stage_model
+        if encoder is not None and sharding.is_trained(encoder):
+            blocks += sharding.text_encoder_blocks(encoder)
+        return blocks
+
+    def configure_model(self) -> None:
+        """Share what is trained out over the devices, where the trainer's strategy asks for that."""
+        if self._trainer is None or not isinstance(self._trainer.strategy, ModelParallelStrategy):
+            return
+        sharding.shard(self.shared_blocks(), self.device_mesh["data_parallel"])  # type: ignore[index]
+        if self.use_ema:
+            sharding.shard_averages(self.model_ema, self.model)
 
     def take_in_parts(self, at_once: MutableMapping[str, int], tell: Callable[[str, int, int], None]) -> None:
         """From here on take a batch that does not fit into memory in parts.
