@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
@@ -272,7 +273,8 @@ class UNetModel(nn.Module):
         conv_resample: resample with convolutions between levels.
         dims: 1, 2 or 3 signal dimensions.
         num_classes: number of classes for class-conditional models, else None.
-        use_checkpoint: recompute activations in the backward pass: slower, and smaller in memory.
+        use_checkpoint: recompute activations in the backward pass: slower, and smaller in memory. A number between 0
+            and 1 does so in that share of the blocks alone, those of the highest resolution first, which hold most.
         use_fp16: refused: precision is the trainer's affair.
         num_heads: attention heads, where ``num_head_channels`` is -1.
         num_head_channels: width of each head.
@@ -287,7 +289,8 @@ class UNetModel(nn.Module):
         legacy: derive the head width from ``num_heads`` for transformers, as the first LDM models did.
 
     Raises:
-        ValueError: heads are not given, context and transformer do not go together, or ``use_fp16``.
+        ValueError: heads are not given, context and transformer do not go together, a share of blocks that is none,
+            or ``use_fp16``.
 
     Reference:
         Rombach et al. 2022, arXiv 2112.10752, section 3.2; Dhariwal & Nichol 2021, arXiv 2105.05233.
@@ -306,7 +309,7 @@ class UNetModel(nn.Module):
         conv_resample: bool = True,
         dims: int = 2,
         num_classes: int | None = None,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | float = False,
         use_fp16: bool = False,
         num_heads: int = -1,
         num_head_channels: int = -1,
@@ -327,6 +330,10 @@ class UNetModel(nn.Module):
             raise ValueError("unet_config: use_spatial_transformer and context_dim are needed together")
         if num_heads == -1 and num_head_channels == -1:
             raise ValueError("unet_config: give num_heads or num_head_channels")
+        if not 0 <= use_checkpoint <= 1:
+            raise ValueError(
+                f"unet_config: use_checkpoint is {use_checkpoint}; use true, false, or a share of blocks from 0 to 1"
+            )
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -336,18 +343,21 @@ class UNetModel(nn.Module):
         if num_heads_upsample == -1:
             num_heads_upsample = num_heads
 
+        blocks: list[tuple[int, nn.Module]] = []  # with the factor by which each one's features are smaller
+
         def res_block(channels: int, out: int, up: bool = False, down: bool = False) -> ResBlock:
-            return ResBlock(
+            block = ResBlock(
                 channels,
                 time_embed_dim,
                 dropout,
                 out_channels=out,
                 dims=dims,
-                use_checkpoint=use_checkpoint,
                 use_scale_shift_norm=use_scale_shift_norm,
                 up=up,
                 down=down,
             )
+            blocks.append((factor, block))
+            return block
 
         def attention(channels: int, plain_heads: int) -> nn.Module:
             if num_head_channels == -1:
@@ -355,21 +365,24 @@ class UNetModel(nn.Module):
             else:
                 heads, head_width = channels // num_head_channels, num_head_channels
             if use_spatial_transformer:
-                return SpatialTransformer(
+                transformer = SpatialTransformer(
                     channels,
                     heads,
                     channels // heads if legacy else head_width,
                     depth=transformer_depth,
                     context_dim=context_dim,
-                    use_checkpoint=use_checkpoint,
+                    use_checkpoint=False,
                 )
-            return AttentionBlock(
+                blocks.extend((factor, block) for block in transformer.transformer_blocks)
+                return transformer
+            block = AttentionBlock(
                 channels,
-                use_checkpoint=use_checkpoint,
                 num_heads=plain_heads,
                 num_head_channels=num_head_channels if legacy else head_width,
                 use_new_attention_order=use_new_attention_order,
             )
+            blocks.append((factor, block))
+            return block
 
         time_embed_dim = model_channels * 4
         self.time_embed = nn.Sequential(
@@ -428,6 +441,12 @@ class UNetModel(nn.Module):
         )
         if n_embed is not None:
             self.id_predictor = nn.Sequential(normalization(channels), conv_nd(dims, model_channels, n_embed, 1))
+        blocks.sort(key=lambda block: block[0])
+        for _, recomputed in blocks[: math.ceil(use_checkpoint * len(blocks))]:
+            if isinstance(recomputed, BasicTransformerBlock):
+                recomputed.checkpoint = True
+            elif isinstance(recomputed, (ResBlock, AttentionBlock)):
+                recomputed.use_checkpoint = True
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Predict the noise (or what the model was trained for).

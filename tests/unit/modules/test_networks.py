@@ -39,13 +39,34 @@ def test_recomputing_activations_changes_no_gradient(name, size):
     x, t = torch.randn(2, 4, *size), torch.tensor([3, 500])
     context = torch.randn(2, 5, 8) if "context_dim" in OPTIONS[name] else None
     gradients = []
-    for use_checkpoint in (False, True):
+    for use_checkpoint in (False, True, 0.5):
         model = build_unet(use_checkpoint=use_checkpoint, **OPTIONS[name])
         model(x, t, context=context).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert (plain is None) == (recomputed is None)
+    for plain, recomputed, partly in zip(*gradients, strict=True):
+        assert (plain is None) == (recomputed is None) == (partly is None)
         assert plain is None or torch.allclose(plain, recomputed, atol=1e-7)
+        assert plain is None or torch.equal(plain, partly)
+
+
+def recomputed_blocks(**params):
+    """Down-sampling factors of the input blocks that recompute."""
+    model = build_unet(channel_mult=[1, 1, 1], num_res_blocks=1, **params)
+    blocks = {1: model.input_blocks[1], 2: model.input_blocks[3], 4: model.input_blocks[5]}
+    return [factor for factor, block in blocks.items() if block[0].use_checkpoint]
+
+
+@pytest.mark.parametrize(
+    ("share", "factors"), [(0.0, []), (0.25, [1]), (0.5, [1, 2]), (1, [1, 2, 4]), (True, [1, 2, 4])]
+)
+def test_a_share_of_blocks_that_recompute_begins_at_the_highest_resolution(share, factors):
+    assert recomputed_blocks(use_checkpoint=share, attention_resolutions=[]) == factors
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_blocks_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match="a share of blocks from 0 to 1"):
+        build_unet(use_checkpoint=share)
 
 
 @pytest.mark.parametrize("transformer", [False, True])
