@@ -359,12 +359,13 @@ class AutoencoderKL(_Autoencoder):
         image_key: name of the pictures in a batch.
         colorize_nlabels: number of label colours for logging segmentation maps.
         monitor: metric that checkpoints are chosen by.
+        encode_slice: encode at most that many pictures at once: smaller in memory; all if None.
 
     Attributes:
         learning_rate: learning rate of both optimisers, set by the run.
 
     Raises:
-        ValueError: ``ddconfig`` holds an unknown key, or ``double_z`` is not true.
+        ValueError: ``ddconfig`` holds an unknown key, ``double_z`` is not true, or ``encode_slice`` is below 1.
 
     Reference:
         Rombach et al. 2022, arXiv 2112.10752, section 3.1; Kingma & Welling 2013, arXiv 1312.6114.
@@ -380,12 +381,16 @@ class AutoencoderKL(_Autoencoder):
         image_key: str = "image",
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
+        encode_slice: int | None = None,
     ) -> None:
         if not ddconfig.get("double_z", True):
             raise ValueError("first_stage_config: ddconfig.double_z must be true: the posterior has a variance")
+        if encode_slice is not None and encode_slice < 1:
+            raise ValueError(f"first_stage_config: encode_slice is {encode_slice}; give 1 or more, or null for all")
         super().__init__(ddconfig, lossconfig, embed_dim, image_key, colorize_nlabels, monitor)
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        self.encode_slice = encode_slice
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
@@ -396,7 +401,9 @@ class AutoencoderKL(_Autoencoder):
             ValueError: see :meth:`check_size`.
         """
         self.check_size(x)
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        parts = x.split(self.encode_slice or len(x))
+        moments = [self.quant_conv(self.encoder(part)) for part in parts]
+        return DiagonalGaussianDistribution(moments[0] if len(moments) == 1 else torch.cat(moments))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents (B, embed_dim, h, w), unscaled, to pictures (B, C, h*f, w*f)."""

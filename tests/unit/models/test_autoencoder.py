@@ -381,3 +381,26 @@ def test_the_autoencoder_with_factor_8_has_stable_diffusions_number_of_parameter
     model = build_on_meta(ROOT / "configs" / "autoencoder" / "autoencoder_kl_32x32x4.yaml")
     count = sum(value.numel() for name, value in model.named_parameters() if not name.startswith("loss."))
     assert count == 83_653_863
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encode_slice", [1, 2, 3, 8])
+def test_pictures_encoded_in_slices_are_those_encoded_at_once(encode_slice):
+    # Convolutions of another batch size may add in another order.
+    whole = kl_model().encode(pictures(5)).parameters
+    sliced = kl_model(encode_slice=encode_slice).encode(pictures(5)).parameters
+    assert sliced.stride() == whole.stride()
+    assert torch.allclose(sliced, whole, atol=1e-6)
+
+
+@torch.no_grad()
+def test_no_more_pictures_are_encoded_at_once_than_a_slice():
+    model, seen = kl_model(encode_slice=2), []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    model.encode(pictures(5))
+    assert seen == [2, 2, 1]
+
+
+def test_a_slice_of_no_pictures_is_refused():
+    with pytest.raises(ValueError, match="encode_slice is 0; give 1 or more"):
+        kl_model(encode_slice=0)
