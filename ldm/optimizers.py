@@ -29,11 +29,11 @@ SECTION: Final = "model.params.optimizer_config"
 DEFAULT_TARGET: Final = "torch.optim.AdamW"
 
 UNUSABLE: Final[Mapping[str, str]] = {
-    "torch.optim.lbfgs.LBFGS": "takes no groups of parameters and computes the loss several times a step",
-    "torch.optim.sparse_adam.SparseAdam": "takes sparse gradients alone, and these models have none",
-    "torch.optim._muon.Muon": "takes matrices alone, and these models have convolutions and biases too",
+    "torch.LBFGS": "takes no groups of parameters and computes the loss several times a step",
+    "torch.SparseAdam": "takes sparse gradients alone, and these models have none",
+    "torch.Muon": "takes matrices alone, and these models have convolutions and biases too",
 }
-"""Optimisers of torch that cannot train these models, by their full names, and why."""
+"""Optimisers of torch that cannot train these models, and why."""
 
 KIND: Final = "optimizer"
 """What a stored state calls the class of its optimiser, unless that is AdamW."""
@@ -61,7 +61,7 @@ def optimizer_problem(found: Any) -> str | None:
         The end of a sentence that begins with the target; None where it can.
     """
     problem = kind_problem(found, Optimizer)
-    why = UNUSABLE.get(_full_name(found)) if isinstance(found, type) else None
+    why = UNUSABLE.get(_name(found)) if isinstance(found, type) else None
     return problem if problem is not None or why is None else f"{why}; use another"
 
 
@@ -210,13 +210,13 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def kind_of_state(state: Mapping[str, Any]) -> str:
-    """Give the full name of the class that a stored state is of."""
-    return str(state.get(KIND, _full_name(AdamW)))
+    """Give the package and the class that a stored state is of."""
+    return str(state.get(KIND, _name(AdamW)))
 
 
 def kind_of(optimizer: Optimizer) -> str:
-    """Give the full name of an optimiser's class."""
-    return _full_name(type(optimizer))
+    """Give the package and the class of an optimiser."""
+    return _name(type(optimizer))
 
 
 def set_rate(group: dict[str, Any], key: str, rate: float | Tensor) -> None:
@@ -233,8 +233,9 @@ def set_rate(group: dict[str, Any], key: str, rate: float | Tensor) -> None:
         group[key] = float(rate)
 
 
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _name(kind: type) -> str:
+    """Name a class by its package and itself: modules move within a package from version to version."""
+    return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
 
 
 def _check_rates(optimizer: Optimizer, target: str) -> None:

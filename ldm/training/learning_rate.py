@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 LONGEST_RUN: Final = 100_000
 """Steps at which a schedule is looked at: of a longer run, as many, evenly spread."""
@@ -57,6 +57,20 @@ def scaled_learning_rate(
         f"{value:.3g} = {accumulate} (accumulate_grad_batches) x {devices} (devices) x {batch_size} (batch_size)"
         f" x {base:.3g} ({key})",
     )
+
+
+def optimizers_own_rate(params: Mapping[str, Any]) -> LearningRate | None:
+    """Read the learning rate that stands among the optimiser's own parameters.
+
+    Args:
+        params: the model's parameters.
+
+    Returns:
+        The rate, which is not scaled; None where ``base_learning_rate`` counts.
+    """
+    section = params.get("optimizer_config") or {}
+    rate = (section.get("params") or {}).get("lr")
+    return None if rate is None else LearningRate(float(rate), f"{rate:.3g} (optimizer_config.params.lr)")
 
 
 def describe_schedule(

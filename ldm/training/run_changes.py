@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import yaml
 
+from ldm.optimizers import DEFAULT_TARGET, SECTION
 from ldm.training.cli import trainer_parameters
 from ldm.training.config_check import accepted_by
 from ldm.training.config_tree import leaves
@@ -175,9 +176,12 @@ def _compare_configs(
     _compare_batches(before, after, devices_then, devices_now, changes)
     spans = _spans_run(then) or _spans_run(now)
     seeds = (before.get("run.seed"), after.get("run.seed"))
+    other_optimizer = len({_value(settings, f"{SECTION}.target", {}) for settings in (before, after)}) > 1
     for path in dict.fromkeys([*before, *after]):
         if path in SHARED_OUT or UNSAID.match(path):
             continue
+        if other_optimizer and path.startswith(f"{SECTION}.params."):
+            continue  # the target says it all
         old, new = (_value(leaf, path, config) for leaf, config in ((before, then), (after, now)))
         if old == new or (old in ({}, None) and new in ({}, None)):
             continue
@@ -223,6 +227,8 @@ def _compare_batches(
 def _value(settings: Mapping[str, Any], path: str, config: Mapping[str, Any]) -> Any:
     """Read a setting, or the default of one that is not there."""
     value = settings[path] if path in settings else _default(config, path)
+    if path == f"{SECTION}.target" and value is None:
+        return DEFAULT_TARGET
     return PRECISIONS.get(value, value) if path == "lightning.trainer.precision" else value
 
 

@@ -17,6 +17,9 @@ from ldm.training.sharding import shared_like
 
 ADAM_STATE: Final = ("step", "exp_avg", "exp_avg_sq")
 
+MEANS: Final = ("row_var", "col_var")
+"""What Adafactor keeps: means over a parameter's last dimension, and over the one before."""
+
 LEAVE_OUT: Final = "or leave out --warm_optimizer"
 
 
@@ -80,14 +83,14 @@ def take_state(optimizers: Sequence[Optimizer], module: nn.Module, checkpoint: P
     """
     pairs = list(_paired(optimizers, module, checkpoint))
     for optimizer in optimizers:
-        groups = optimizer.state_dict()["param_groups"]
-        numbers = dict(zip(map(id, _parameters(optimizer)), _numbers(groups), strict=True))
+        now = optimizer.state_dict()
+        numbers = dict(zip(map(id, _parameters(optimizer)), _numbers(now["param_groups"]), strict=True))
         state = {
             numbers[id(pair.parameter)]: {name: _own(value, pair.parameter) for name, value in pair.state.items()}
             for pair in pairs
             if pair.optimizer is optimizer
         }
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict({**now, "state": state})
 
 
 class _Pair(NamedTuple):
@@ -101,6 +104,7 @@ class _Pair(NamedTuple):
 def _paired(optimizers: Sequence[Optimizer], module: nn.Module, checkpoint: Path) -> Iterator[_Pair]:
     """Go through what a checkpoint holds, and compare it with what is trained; see :func:`take_state`."""
     saved = _read(checkpoint)
+    _refuse_optimizers(optimizers, saved, checkpoint)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     sizes = [[len(group["params"]) for group in each["param_groups"]] for each in saved]
     sizes_now = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
@@ -110,7 +114,8 @@ def _paired(optimizers: Sequence[Optimizer], module: nn.Module, checkpoint: Path
         raise ValueError(
             f"--warm_optimizer: the optimiser state in {checkpoint} is of {_show(sizes)}, and what is trained now is "
             f"{_show(sizes_now)} ({', '.join(f'{part} {count}' for part, count in parts.items())}): put "
-            f"model.params.model_lr, cond_stage_trainable and unfreeze_model back to what they were, {LEAVE_OUT}"
+            f"model.params.model_lr, cond_lr, cond_train_last_layers, cond_train_embeddings, cond_stage_trainable and "
+            f"unfreeze_model back to what they were, {LEAVE_OUT}"
         )
     for each, optimizer in zip(saved, optimizers, strict=True):
         for number, parameter in zip(_numbers(each["param_groups"]), _parameters(optimizer), strict=True):
@@ -157,17 +162,43 @@ def _is_state(value: Any) -> bool:
     )
 
 
+def _refuse_optimizers(optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, Any]], checkpoint: Path) -> None:
+    """Refuse optimisers that do not keep what they learn with each parameter, and states of other optimisers."""
+    for optimizer in optimizers:
+        if counts_in_groups(optimizer):
+            raise ValueError(
+                f"--warm_optimizer: {kind_of(optimizer)} learns of all parameters together, and starts anew in a new "
+                f"run: continue the old one with -r, {LEAVE_OUT}"
+            )
+    for optimizer, state in zip(optimizers, saved, strict=False):
+        if state.get(KIND) != optimizer.state_dict().get(KIND):
+            raise ValueError(
+                f"--warm_optimizer: the optimiser state in {checkpoint} is another optimiser's "
+                f"({kind_of_state(state)}; now {kind_of(optimizer)}): put model.params.optimizer_config back to what "
+                f"it was, {LEAVE_OUT}"
+            )
+
+
 def _misfit(state: Mapping[str, Any], parameter: nn.Parameter, optimizer: Optimizer) -> str | None:
     """Say why a parameter cannot take a state."""
     if isinstance(optimizer, (Adam, AdamW)) and not all(isinstance(state.get(key), Tensor) for key in ADAM_STATE):
         found = ", ".join(map(str, state)) or "nothing"
         return f"has {found} there and needs {', '.join(ADAM_STATE)}: that is another optimiser's state"
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+        if isinstance(value, Tensor) and value.ndim and value.shape != _shape_of(name, value, parameter):
             return f"has the shape {tuple(parameter.shape)}, and its {name} there {tuple(value.shape)}"
-        if not isinstance(value, (Tensor, int, float, type(None))):
+        is_packed = isinstance(value, Mapping) and all(isinstance(part, Tensor) for part in value.values())
+        if not is_packed and not isinstance(value, (Tensor, int, float, type(None))):
             return f"has a {name} there that is no number"
     return None
+
+
+def _shape_of(name: str, value: Tensor, parameter: nn.Parameter) -> tuple[int, ...]:
+    """Give the shape that a parameter's moment must have; Adafactor keeps means over rows and over columns."""
+    if name not in MEANS or value.ndim != parameter.ndim:
+        return tuple(parameter.shape)
+    dimension = value.ndim - MEANS.index(name) - 1
+    return tuple(1 if number == dimension else size for number, size in enumerate(parameter.shape))
 
 
 def _own(value: Any, parameter: nn.Parameter) -> Any:

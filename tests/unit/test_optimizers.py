@@ -185,8 +185,8 @@ def test_eight_bit_states_are_stored_as_plain_tensors_and_stay_eight_bit(tmp_pat
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        ({"target": "torch.optim.Adam"}, "of another optimiser (torchao.optim.adam.AdamW8bit; now torch.optim.adam.Ad"),
-        (None, "of another optimiser (torchao.optim.adam.AdamW8bit; now torch.optim.adamw.AdamW)"),
+        ({"target": "torch.optim.Adam"}, "of another optimiser (torchao.AdamW8bit; now torch.Adam)"),
+        (None, "of another optimiser (torchao.AdamW8bit; now torch.AdamW)"),
         ({"target": "torchao.optim.AdamW8bit", "params": {"block_size": 128}}, "of other sizes (parameter 0: codes"),
     ],
 )
@@ -203,7 +203,7 @@ def test_another_optimisers_state_is_refused_in_one_line(now: Any, words: str) -
 def test_an_adamw_state_is_refused_by_another_optimiser() -> None:
     then = Training(None)
     then.steps(0, 1)
-    with pytest.raises(OptimizerStateError, match=r"\(torch.optim.adamw.AdamW; now torch.optim.sgd.SGD\)"):
+    with pytest.raises(OptimizerStateError, match=r"\(torch.AdamW; now torch.SGD\)"):
         Training(OPTIMIZERS["SGD"]).optimizer.load_state_dict(then.optimizer.state_dict())
 
 
@@ -279,6 +279,8 @@ def test_prodigy_with_two_rates_is_refused() -> None:
     ("config", "words"),
     [
         ({"target": "torch.optim.LBFGS"}, "takes no groups of parameters"),
+        ({"target": "torch.optim.SparseAdam"}, "takes sparse gradients alone"),
+        ({"target": "torch.optim.Muon"}, "takes matrices alone"),
         ({"target": "torch.nn.Linear"}, "is not a Optimizer"),
         ({"target": "torch.optim.AdamW", "params": {"betas": [2.0, 0.9]}}, "refuses its parameters: Invalid beta"),
         ({"target": "lion_pytorch.Lion", "params": {"betas": [2.0, 0.9]}}, "refuses its parameters: AssertionError"),
