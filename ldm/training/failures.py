@@ -111,7 +111,8 @@ def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) ->
     if "parameter group" in text:
         return (
             f"checkpoint {checkpoint} does not fit the optimiser: which parts are trained has changed; put"
-            f" model.params.model_lr, cond_stage_trainable and unfreeze_model back, {instead}"
+            f" model.params.model_lr, cond_lr, cond_train_last_layers, cond_train_embeddings, cond_stage_trainable and"
+            f" unfreeze_model back, {instead}"
         )
     if "loading state_dict" in text:
         lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]

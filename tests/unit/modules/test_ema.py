@@ -110,16 +110,15 @@ def test_the_keys_in_a_checkpoint_are_the_same_wherever_the_average_is_kept() ->
     assert list(build(ema_device="cpu", ema_every=5).state_dict()) == list(build().state_dict())
 
 
-@pytest.mark.parametrize("saved_at", [2, 3])
-def test_a_run_resumed_between_moves_equals_the_unbroken_one(tmp_path: Path, saved_at: int) -> None:
+def test_a_run_resumed_between_moves_equals_the_unbroken_one(tmp_path: Path) -> None:
     settings = {"ema_device": "cpu", "ema_every": 3}
     unbroken = build(**settings)
-    train(unbroken, tmp_path, 6)
-    train(build(**settings), tmp_path, saved_at).save_checkpoint(tmp_path / "saved.ckpt")
+    train(unbroken, tmp_path, 4)
+    train(build(**settings), tmp_path, 2).save_checkpoint(tmp_path / "saved.ckpt")
     resumed = build(**settings)
-    train(resumed, tmp_path, 6, resume=tmp_path / "saved.ckpt")
+    train(resumed, tmp_path, 4, resume=tmp_path / "saved.ckpt")
     expected = unbroken.state_dict()
-    assert int(resumed.model_ema.num_updates) == 6
+    assert int(resumed.model_ema.num_updates) == 4
     assert all(torch.equal(value, expected[key]) for key, value in resumed.state_dict().items())
 
 

@@ -12,7 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ldm.training.callbacks import CUDACallback
 from ldm.training.checkpoint_io import StreamingCheckpointIO
 from ldm.training.image_logger import ImageLogger
-from ldm.training.trainer import merged_callbacks
+from ldm.training.run_directory import RunDirectory
+from ldm.training.stop_signals import StopSignals
+from ldm.training.trainer import build_trainer, merged_callbacks
 from tests.unit.training.toy_run import ToyRun, prepare_toy_run, toy_run
 
 
@@ -91,6 +93,14 @@ def test_several_devices_train_together_as_the_yaml_says(find_unused: bool, pict
     strategy = prepared(tmp_path, pictures, lightning=section, devices=2).trainer.strategy
     assert isinstance(strategy, DDPStrategy)
     assert strategy._ddp_kwargs["find_unused_parameters"] is find_unused
+
+
+def test_devices_expect_no_gradient_of_a_part_that_stops(tmp_path: Path) -> None:
+    section = {"trainer": {"accelerator": "cpu", "devices": 2}}
+    directory = RunDirectory(tmp_path, "stamp")
+    trainer = build_trainer(section, directory, StopSignals(), 2, monitor=None, validates=False, parts_stop=True)
+    assert isinstance(trainer.strategy, DDPStrategy)
+    assert trainer.strategy._ddp_kwargs["find_unused_parameters"] is True
 
 
 def test_a_strategy_in_the_yaml_is_kept(pictures: Path, tmp_path: Path) -> None:
