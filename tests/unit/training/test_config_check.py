@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -365,3 +366,30 @@ def test_a_target_of_the_lineage_that_comes_later_says_so(monkeypatch: pytest.Mo
     monkeypatch.setattr("ldm.training.targets.COMES_LATER", {"ldm.models.nowhere.Thing": "a later feature"})
     with pytest.raises(ValueError, match="is not in this version of the trainer: it belongs to a later feature"):
         resolve_target("ldm.models.nowhere.Thing")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ("{target: torch.optim.AdamW, params: {betas: [0.9, 0.99]}}", None),
+        ("{target: torch.optim.Adam, params: {weight_decays: 1}}", ".params.weight_decays: Adam has no key weight_de"),
+        ("{target: torch.optim.AdamW, params: {amsgrad: 1}}", ".params.amsgrad: expected true or false, got 1"),
+        ("{target: torch.optim.AdamW, params: {lr: 0}}", ".params.lr: 0 is out of range; it must be above 0"),
+        ("{target: torch.optim.AdamW, params: {params: []}}", ".params.params: AdamW has no key params"),
+        ("{target: torch.optim.AdamX}", ".target: target torch.optim.AdamX: the module torch.optim has no AdamX; did"),
+        ("{target: torch.optim.LBFGS}", ".target: target torch.optim.LBFGS takes no groups of parameters"),
+        ("{target: torch.nn.Linear}", ".target: target torch.nn.Linear is not a Optimizer, which this section needs"),
+    ],
+)
+def test_an_optimiser_is_checked_like_every_section(check: Check, params: str, message: str | None) -> None:
+    found = check(f"model.params.optimizer_config={params}", "model.target=ldm.models.diffusion.ddpm.DDPM")
+    told = [line for line in found if line.startswith("model.params.optimizer_config")]
+    assert len(told) == (message is not None)
+    assert all(line.startswith(f"model.params.optimizer_config{message}") for line in told)
+
+
+def test_a_package_of_optimisers_that_is_missing_is_named_as_pip_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
+    with pytest.raises(ValueError) as refused:
+        resolve_target("lion_pytorch.Lion")
+    assert str(refused.value) == "target lion_pytorch.Lion needs the package lion_pytorch; type: pip install lion-pytorch"
