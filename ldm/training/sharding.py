@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 FSDP: Final = "fsdp"
 """What ``--strategy`` calls it."""
 
+TORCHS_OPTIMIZERS: Final = "torch.optim."
+
 PRECISIONS: Final = ("32-true", "32", 32, "bf16-mixed", "bf16", None)
 
 
@@ -156,6 +158,12 @@ def refuse_unshardable(trainer: pl.Trainer, model: pl.LightningModule) -> None:
     if blocks is None:
         raise ValueError(
             f"--strategy {FSDP} shards diffusion models; {type(model).__name__} trains with --strategy ddp"
+        )
+    target = (getattr(model, "optimizer_config", None) or {}).get("target", TORCHS_OPTIMIZERS)
+    if not target.startswith(TORCHS_OPTIMIZERS):
+        raise ValueError(
+            f"--strategy {FSDP} works with torch's own optimisers, not with {target}: set"
+            " model.params.optimizer_config.target to torch.optim.AdamW, or train with --strategy ddp"
         )
     covered = {id(parameter) for block in blocks() for parameter in block.parameters()}
     others = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in covered]
