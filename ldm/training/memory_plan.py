@@ -20,7 +20,8 @@ from ldm.training.summary import model_parts, training_shapes
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 GIB: Final = 2**30
-GB: Final = 10**9
+GB: Final = 0.975 * GIB
+"""Bytes that a card offers for each GB on its box: those are GiB, of which the driver reports some percent less."""
 
 WORKSPACE: Final = 192 * 2**20
 """Bytes that cuBLAS and cuDNN work in; an estimate."""

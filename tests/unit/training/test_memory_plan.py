@@ -54,7 +54,7 @@ def test_the_state_is_the_configured_optimisers(config: dict[str, object] | None
 
 
 def test_a_size_that_is_given_is_planned_for() -> None:
-    assert planned_devices(24) == [("a card of 24 GB", 24e9)]
+    assert planned_devices(24) == [("a card of 24 GB", 0.975 * 24 * 2**30)]
 
 
 def test_the_plan_is_shown_and_nothing_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
