@@ -392,4 +392,5 @@ def test_a_package_of_optimisers_that_is_missing_is_named_as_pip_calls_it(monkey
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     with pytest.raises(ValueError) as refused:
         resolve_target("lion_pytorch.Lion")
-    assert str(refused.value) == "target lion_pytorch.Lion needs the package lion_pytorch; type: pip install lion-pytorch"
+    words = "target lion_pytorch.Lion needs the package lion_pytorch; type: pip install lion-pytorch"
+    assert str(refused.value) == words
