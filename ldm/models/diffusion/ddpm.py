@@ -650,7 +650,16 @@ class DDPM(pl.LightningModule):
         return [] if self._trainer is None else list(self._trainer.optimizers)
 
     def shared_blocks(self) -> list[nn.Module]:
-        """Give what is trained as blocks that FSDP shares out over the devices, inner ones before outer ones."""
+        """Give what is trained as blocks that FSDP shares out over the devices, inner ones before outer ones.
+
+        Raises:
+            ValueError: a part stops while the run goes on, or the averages are to stay in the host's memory.
+        """
+        if self.stops or (self.use_ema and self.model_ema.on_cpu):
+            raise ValueError(
+                "--strategy fsdp takes neither model.params.cond_stop_after, model_stop_after nor ema_device: remove "
+                "them, or train with --strategy ddp"
+            )
         blocks = sharding.network_blocks(self.model.diffusion_model) if sharding.is_trained(self.model) else []
         encoder = self.cond_stage_model
         if encoder is not None and sharding.is_trained(encoder):

@@ -125,7 +125,8 @@ def test_a_stopped_encoder_is_encoded_with_no_graph(tmp_path: Path) -> None:
     model = build(cond_stop_after=1)
     fit(model, tmp_path, 2)
     assert not model.get_learned_conditioning(["a cat"]).requires_grad
-    assert not model.train().cond_stage_model.training  # type: ignore[union-attr]
+    assert model.training
+    assert not model.cond_stage_model.training  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
@@ -209,6 +210,12 @@ def test_settings_that_contradict_each_other_are_one_line(params: dict[str, Any]
     with pytest.raises(ValueError, match=message) as caught:
         build(**params)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("params", [{"cond_stop_after": 2}, {"use_ema": True, "ema_device": "cpu"}])
+def test_what_cannot_be_sharded_is_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="--strategy fsdp takes neither"):
+        build(**params).shared_blocks()
 
 
 def test_gradients_are_clipped_over_all_groups_together(tmp_path: Path) -> None:
