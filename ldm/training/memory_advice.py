@@ -67,7 +67,7 @@ def _remedies(trainer: pl.Trainer, config: Mapping[str, Any]) -> list[str]:
         if can_split(trainer, trainer.lightning_module):
             advice.append("add --on_oom split (takes a batch in parts, with the same result)")
         advice.append(f"lower data.params.batch_size ({batch_size} now)")
-    if unet.get("use_checkpoint") is False:
+    if unet.get("use_checkpoint", True) not in (True, None):  # false, or a share of the blocks
         advice.append("set model.params.unet_config.params.use_checkpoint=true")
     if precision in (None, 32, "32", "32-true"):
         advice.append("use --precision bf16-mixed (16-mixed on cards before 2020)")

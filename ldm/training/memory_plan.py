@@ -158,6 +158,8 @@ def plan_memory(config: Mapping[str, Any], dataset: Any, devices: int = 1) -> Me
     with FakeTensorMode(allow_non_fake_inputs=True):
         with _default_dtype(dtype):
             model: Any = instantiate_from_config(settings, pl.LightningModule)
+        if params.get("ema_device") == "cpu" and hasattr(model, "model_ema"):
+            model.model_ema = nn.Identity()  # is in the host's memory, and no part of the step
         model.train()
         key = model.first_stage_key
         width, height = max(shapes, key=lambda shape: (shape[0] * shape[1], shape)) if shapes else _size(item[key])

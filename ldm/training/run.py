@@ -18,6 +18,7 @@ from typing import Any, Final
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
+from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
@@ -450,6 +451,8 @@ def _summarise(
 
 def _foresee_memory(run: Run, trainer: pl.Trainer, data: Any) -> str:
     """Predict the run's need of GPU memory, in one line."""
+    if isinstance(trainer.strategy, FSDPStrategy):
+        return "not predicted (sharded over the devices)"
     try:
         return f"{plan_memory(run.config, data.datasets['train'], trainer.world_size).line()} (predicted)"
     except Exception as error:  # noqa: BLE001 - what cannot be foreseen is no reason not to try

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from ldm.training.memory_count import FORWARD, Growth
-from ldm.training.memory_plan import MemoryPlan, _state_bytes, planned_devices
+from ldm.training.memory_plan import MemoryPlan, _state_bytes, plan_memory, planned_devices
 from ldm.training.run import main
+from ldm.util import instantiate_from_config
 from tests.conftest import ROOT
 from tests.unit.training.toy import make_pictures
 
@@ -55,6 +58,23 @@ def test_the_state_is_the_configured_optimisers(config: dict[str, object] | None
 
 def test_a_size_that_is_given_is_planned_for() -> None:
     assert planned_devices(24) == [("a card of 24 GB", 0.975 * 24 * 2**30)]
+
+
+def test_averages_in_the_hosts_memory_take_none_of_the_gpus() -> None:
+    config: dict[str, Any] = yaml.safe_load(TINY.read_text())
+    item = {"image": torch.zeros(32, 32, 3), "caption": "a square"}
+    peaks = []
+    for device in (None, "cpu"):
+        config["model"]["params"] |= {"use_ema": True, "ema_device": device}
+        peaks.append(plan_memory(config, [item]).peak(1))
+    averages = unet_bytes(config)
+    assert peaks[0] - peaks[1] == pytest.approx(averages, rel=0.1)
+
+
+def unet_bytes(config: dict[str, Any]) -> int:
+    """Bytes of the UNet's weights, which averages are kept of."""
+    unet = instantiate_from_config(config["model"]["params"]["unet_config"], torch.nn.Module)
+    return sum(each.numel() * each.element_size() for each in unet.parameters())
 
 
 def test_the_plan_is_shown_and_nothing_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
