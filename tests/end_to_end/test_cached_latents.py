@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from ldm.training.run import main
-from tests.end_to_end.conftest import FinishedRun, Train, start
+from tests.end_to_end.conftest import Train
 from tests.end_to_end.test_training import assert_same_end, curve
 
 FLIPS = "data.params.train.params.flip_p=0.5"
@@ -77,34 +76,6 @@ def test_sample_pictures_are_written_from_cached_latents(train: Train, tmp_path:
     words = [f"{logger}{word}" for word in ("disabled=false", "batch_frequency=2", "log_images_kwargs.ddim_steps=2")]
     run = train(*cached(tmp_path / "cache"), "lightning.trainer.max_steps=2", *words)
     assert len(list((run.path / "images" / "train").glob("inputs_*.jpg"))) == 1
-
-
-TWO_DEVICES = """
-model: {base_learning_rate: 0.01, target: tests.unit.training.latent_toy.LatentToy}
-data:
-  target: main.DataModuleFromConfig
-  params:
-    batch_size: 1
-    num_workers: 1
-    train: {target: ldm.data.every_dream.EveryDreamBatch, params: {size: 16, repeats: 1, cache_latents: memory}}
-    validation: {target: ldm.data.ed_validate.EDValidateBatch, params: {size: 16, cache_latents: disk}}
-lightning:
-  trainer: {max_epochs: 2, accelerator: cpu, devices: 2}
-  callbacks: {image_logger: {params: {disabled: true}}}
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="the processes' library for CPUs is not built there")
-def test_two_devices_share_the_work_and_what_comes_of_it(workplace: Path, tmp_path: Path) -> None:
-    (tmp_path / "two.yaml").write_text(TWO_DEVICES)
-    process = start("-b", "two.yaml", "-t", "-n", "two", "--data_root", str(workplace / "MyProject"), cwd=tmp_path)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    for place in ("in memory", "in latent_cache"):
-        assert output.count(f"4 latents of 4 pictures, 0.4 kB, {place}; 4 to make, 0.4 kB") == 1
-    assert len(list((tmp_path / "latent_cache").glob("*/*"))) == 4
-    (folder,) = (tmp_path / "logs").iterdir()
-    assert FinishedRun(folder).last["global_step"] == 4
 
 
 def test_a_model_that_is_trained_on_pictures_refuses_before_a_run_has_a_folder(

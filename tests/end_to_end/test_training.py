@@ -303,21 +303,3 @@ def test_two_devices_share_a_run_and_its_folder(workplace: Path, tmp_path: Path)
     times = Counter((entry["epoch"], entry["path"]) for entry in entries)
     assert len(times) == 2 * len({entry["path"] for entry in entries})
     assert set(times.values()) == {2}
-
-
-def test_two_devices_see_pictures_of_several_shapes_once_each(tmp_path: Path) -> None:
-    for number, size in enumerate([(64, 64), (64, 64), (64, 64), (96, 32), (32, 96)]):
-        path = tmp_path / "pictures" / "mixed" / f"a shape_{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.linear_gradient("L").resize(size).save(path)
-    (tmp_path / "two.yaml").write_text(TWO_DEVICES)
-    process = start("-b", "two.yaml", "-t", "-n", "two", "--data_root", "pictures", cwd=tmp_path)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    (folder,) = (tmp_path / "logs").iterdir()
-    entries = [entry for name in ("exposure.jsonl", "exposure.rank1.jsonl") for entry in read_ledger(folder / name)]
-    times = Counter((entry["epoch"], entry["item"], entry["repeat"]) for entry in entries)
-    assert (len(times), set(times.values())) == (2 * 2 * 5, {1})
-    # Six squares in batches of four, two of each other shape: 2 + 1 + 1 steps an epoch on each device.
-    assert "training steps per epoch: 4\n" in output
-    assert FinishedRun(folder).last["global_step"] == 8
