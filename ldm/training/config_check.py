@@ -301,7 +301,8 @@ class _Check:
         ]
         if len(cadence) > 1:
             names = " and ".join(path.rpartition(".")[2] for path in cadence)
-            self.add(cadence[0], f"{names} exclude each other; keep one")
+            drops = " or ".join(f"{path}=null ({self.config.source(path)})" for path in cadence[1:])
+            self.add(cadence[0], f"{names} exclude each other; drop one of them: {drops}")
 
         interval = self.config.get("lightning.modelcheckpoint.params.train_time_interval")
         if isinstance(interval, str):
