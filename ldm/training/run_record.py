@@ -337,7 +337,7 @@ def _complete_epochs(trainer: pl.Trainer) -> int:
     """Count the epochs whose batches were all trained on; Lightning counts one that a limit broke off as done."""
     fit_loop: Any = trainer.fit_loop
     batches = fit_loop.epoch_loop.batch_progress
-    is_broken_off = 0 < batches.current.processed and not batches.is_last_batch
+    is_broken_off = batches.current.processed > 0 and not batches.is_last_batch
     is_counted = fit_loop.epoch_progress.current.completed == fit_loop.epoch_progress.current.ready
     return trainer.current_epoch - (is_broken_off and is_counted)
 
