@@ -18,7 +18,14 @@ from tqdm import tqdm
 STEERING: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """What makes a terminal do something else than show a letter."""
 
-LIGHTNING_LOGGERS: Final = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
+QUIET_LOGGERS: Final = (
+    "pytorch_lightning",
+    "lightning_fabric",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "torch.utils._pytree",  # what it finds in torchao, which transformers imports wherever it is installed
+)
+"""Whose remarks below an error are kept from the user."""
 
 # Each is said by Lightning of something that this trainer decides or handles itself.
 SETTLED_WARNINGS: Final = (
@@ -126,12 +133,12 @@ def console(rank: int, debug: bool) -> Iterator[None]:
     """
     handler = ConsoleHandler()
     ours = logging.getLogger("ldm")
-    levels: dict[str, Any] = {name: logging.getLogger(name).level for name in ("ldm", *LIGHTNING_LOGGERS)}
+    levels: dict[str, Any] = {name: logging.getLogger(name).level for name in ("ldm", *QUIET_LOGGERS)}
     ours.addHandler(handler)
     ours.setLevel(logging.ERROR if rank else logging.DEBUG if debug else logging.INFO)
     with warnings.catch_warnings():
         if not debug:
-            for name in LIGHTNING_LOGGERS:
+            for name in QUIET_LOGGERS:
                 logging.getLogger(name).setLevel(logging.ERROR)
             for message in SETTLED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)

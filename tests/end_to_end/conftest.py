@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 
 from ldm.training.run import main
 from tests.conftest import ROOT
+from tests.end_to_end.two_devices import own_port
 from tests.unit.training.toy import make_pictures
 
 TINY = ROOT / "configs" / "stable-diffusion" / "v1-finetune_tiny.yaml"
@@ -93,6 +95,7 @@ def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *words],
         cwd=cwd,
+        env={**os.environ, "MASTER_PORT": own_port()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +19,14 @@ import pytorch_lightning as pl
 from tests.conftest import ROOT
 
 MOST_SECONDS = 300
+
+
+def own_port() -> str:
+    """Draw a port for the processes of a run to meet at, among those that the system gives to nobody by itself.
+
+    One that it calls free may be taken by the time they get there.
+    """
+    return str(20_000 + random.SystemRandom().randrange(10_000))
 
 
 class FailsAlone(pl.Callback):
@@ -34,9 +42,7 @@ class FailsAlone(pl.Callback):
 def train_together(folder: Path, commands: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[str]]:
     """Do command lines in two processes that share them; gives each process's exit statuses, and what it said."""
     (folder / "commands.json").write_text(json.dumps([list(words) for words in commands]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = own_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.end_to_end.two_devices", str(rank), port, "commands.json", f"{rank}.json"],
