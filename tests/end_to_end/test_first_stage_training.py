@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ldm.training.run import main
 from tests.conftest import ROOT
-from tests.end_to_end.conftest import start
+from tests.end_to_end.two_devices import train_together
 
 CONFIGS = {kind: ROOT / "configs" / "autoencoder" / f"tiny_{kind}_f4.yaml" for kind in ("kl", "vq")}
 
@@ -110,10 +110,9 @@ def test_a_resumed_run_repeats_an_unbroken_one(kind: str, photographs: Path, tmp
 def test_two_devices_share_a_run(photographs: Path, tmp_path: Path) -> None:
     words = ["--base", str(CONFIGS["kl"]), "-t", "--no-test", "--data_root", str(photographs), *SMALL]
     words += ["lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2", "lightning.trainer.max_steps=3"]
-    process = start(*words, "-l", str(tmp_path), cwd=tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    (run,) = tmp_path.iterdir()
+    statuses, said = train_together(tmp_path, [[*words, "-l", "logs"]])
+    assert statuses == [[0], [0]], said
+    (run,) = (tmp_path / "logs").iterdir()
     assert last(run)["global_step"] == 3
 
 
