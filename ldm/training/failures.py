@@ -13,11 +13,11 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ldm.optimizers import OptimizerStateError
 from ldm.out_of_memory import is_out_of_memory
-from ldm.training.callbacks import LastCheckpoint
 from ldm.training.console import command_word
 from ldm.training.loader_failures import explain_loader_failure
 from ldm.training.loss_guard import NotFiniteError
 from ldm.training.memory_advice import advise_on_memory
+from ldm.training.run_directory import resume_command
 
 
 class TrainingError(Exception):
@@ -47,14 +47,14 @@ def explain(
     loader_failure = explain_loader_failure(error, config)
     if loader_failure is not None:
         line, words = loader_failure
-        return ChildProcessError(f"{line}; then type {_resume_command(trainer, words)}")
+        return ChildProcessError(f"{line}; then type {resume_command(Path(trainer.default_root_dir), words)}")
     if is_out_of_memory(error):
         return MemoryError(advise_on_memory(error, trainer, config, has_begun))
     if not has_begun:
         problem = _restore_problem(error, trainer, checkpoint) if checkpoint is not None else None
         return error if problem is None else ValueError(problem)
     if isinstance(error, OSError):
-        return _with_remedy(error, trainer)
+        return _with_remedy(error, Path(trainer.default_root_dir))
     if isinstance(error, (MisconfigurationException, NotFiniteError)):
         return error
     return TrainingError(f"training failed at step {trainer.global_step}: {first_cause(error)}")
@@ -75,7 +75,7 @@ def first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _with_remedy(error: OSError, trainer: pl.Trainer) -> OSError:
+def _with_remedy(error: OSError, run: Path) -> OSError:
     """Word a file that failed in one line, with what its class says to do about it."""
     remedy = getattr(error, "remedy", None)
     if remedy is None and "\n" not in str(error):
@@ -84,17 +84,8 @@ def _with_remedy(error: OSError, trainer: pl.Trainer) -> OSError:
     if remedy is None:
         return OSError(line)
     # A command with flags behind it, and one without.
-    shown = re.sub(r"\{resume\}( --[\w -]+)?", lambda found: _resume_command(trainer, (found[1] or "").strip()), remedy)
+    shown = re.sub(r"\{resume\}( --[\w -]+)?", lambda found: resume_command(run, (found[1] or "").strip()), remedy)
     return OSError(f"{line}; {shown}")
-
-
-def _resume_command(trainer: pl.Trainer, words: str = "") -> str:
-    """Give the command that continues a run, where there is a checkpoint to continue from; ``words`` go behind it."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, LastCheckpoint) and callback.path.exists() for callback in callbacks):
-        return f"python main.py -t -r {command_word(trainer.default_root_dir)} {words}".rstrip()
-    words = words.replace("--accept_changes", "").strip()  # a run that begins anew has none to accept
-    return f"the same command with {words}" if words else "the same command again"
 
 
 def _restore_problem(error: Exception, trainer: pl.Trainer, checkpoint: Path) -> str | None:

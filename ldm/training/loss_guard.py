@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.training.console import command_word
+from ldm.training.run_directory import RunDirectory, resume_command
 from ldm.training.sharding import whole
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 MOST_SKIPPED: Final = 10
 """How many steps in a row are left out before the run ends: by then it is the model that has blown up."""
 
-LAST: Final = "checkpoints/last.ckpt"
 REPORTS: Final = "not_finite"
 
 LEAST_SCALE: Final = 1.0
@@ -218,12 +217,9 @@ class LossGuard(pl.Callback):
         others = ["--precision bf16-mixed"] if str(trainer.precision).startswith("16") else []
         others += ["--on_nan skip"] if self.on_nan != "skip" else []
         instead = "".join(f", or with {words}" for words in others)
-        if not (run / LAST).is_file():
-            return f"nothing had been saved: type the same command with {words}{instead}"
-        return (
-            "last.ckpt stays as it was: continue from it with a lower learning rate:"
-            f" python main.py -t -r {command_word(run)} {words} --accept_changes{instead}"
-        )
+        kept = "last.ckpt stays as it was: continue from it with a lower learning rate:"
+        said = kept if RunDirectory(run, "").last_checkpoint.is_file() else "nothing had been saved: type"
+        return f"{said} {resume_command(run, f'{words} --accept_changes')}{instead}"
 
     def _write_report(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: _Step, losses: Sequence[tuple[int, float]]

@@ -50,6 +50,7 @@ from ldm.training.run_directory import (
     find_run,
     new_run_directory,
     newest_run,
+    resume_command,
 )
 from ldm.training.run_record import OUT_OF_TIME, RunRecord, refuse_running, why_it_ended
 from ldm.training.sharding import refuse_unshardable
@@ -531,7 +532,7 @@ def _fit(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) ->
 def _say_how_to_continue(run: Run) -> None:
     """Give the command, if there is something to continue from."""
     if run.directory.last_checkpoint.exists():
-        logger.info("to continue: python main.py -t -r %s", command_word(run.directory.path))
+        logger.info("to continue: %s", resume_command(run.directory.path))
 
 
 def _test(run: Run, trainer: pl.Trainer, model: pl.LightningModule, data: Any) -> None:
@@ -560,10 +561,8 @@ def _report_end(run: Run, trainer: pl.Trainer) -> None:
     """Say where everything is that the run has made."""
     logger.info("finished after %s", plural(trainer.global_step, "optimiser step"))
     if _is_out_of_time(trainer) and run.directory.last_checkpoint.exists():
-        logger.info(
-            "max_time is over; to go on, raise it: python main.py -t -r %s --max_time DD:HH:MM:SS",
-            command_word(run.directory.path),
-        )
+        command = resume_command(run.directory.path, "--max_time DD:HH:MM:SS")
+        logger.info("max_time is over; to go on, raise it: %s", command)
     if run.directory.last_checkpoint.exists():
         logger.info("checkpoint: %s", run.directory.last_checkpoint)
     if any(run.directory.images.glob("*/*")):

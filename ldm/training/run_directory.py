@@ -13,6 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Final
 
 from ldm.training.config_tree import read_yaml
+from ldm.training.console import command_word
 from ldm.training.recovery import newest_valid_checkpoint, refuse_weights_alone
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,19 @@ class RunDirectory:
         return OSError(
             f"cannot make the run folder {self.path}: {error.strerror or error} (choose another place with --logdir)"
         )
+
+
+def resume_command(run: Path, words: str = "") -> str:
+    """Say what to type to continue a run; or its own command, where it has saved nothing to continue from.
+
+    Args:
+        run: the run's folder.
+        words: what to type behind it; ``--accept_changes`` among them is left out where the run begins anew.
+    """
+    if RunDirectory(run, "").last_checkpoint.exists():
+        return f"python main.py -t -r {command_word(run)} {words}".rstrip()
+    words = words.replace("--accept_changes", "").strip()
+    return f"the same command with {words}" if words else "the same command again"
 
 
 def new_run_directory(
